@@ -27,7 +27,7 @@ def _parse_lines(text: str) -> list[dict]:
     lines = text.split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
-# %% ../nbs/48_run.ipynb #1a5119db
+# %% ../nbs/48_run.ipynb #b8cfe678
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -60,8 +60,8 @@ class Run:
                 if stage in (None, r["stage"]) and kind in (None, r["kind"])]
 
     def rewind(self, stage: str, step: int) -> None:
-        "Drop a stage's records from after `step`: what a resumed stage will write again."
-        kept = [r for r in self.records() if r["stage"] != stage or r.get("step", 0) <= step and r["kind"] != "summary"]
+        "Drop what a stage that resumes after `step` steps will write again."
+        kept = [r for r in self.records() if r["stage"] != stage or r.get("step", 0) < step or (r["step"], r["kind"]) == (step, "step")]
         atomic_write(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
     def stage_done(self, stage: str) -> bool:
