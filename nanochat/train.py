@@ -6,7 +6,7 @@
 __all__ = ['GPU_PEAKS', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'peak_flops', 'in_notebook',
            'draw_curves', 'Progress', 'StopRequest', 'Stopped', 'estimate_seconds', 'estimate_bytes', 'memory_used',
            'describe_machine', 'Trainer', 'train', 'read_deadline', 'announce', 'process_group', 'run_worker', 'launch',
-           'follow_process']
+           'follow_process', 'load_model']
 
 # %% ../nbs/50_train.ipynb #b4991f59
 import importlib
@@ -532,3 +532,24 @@ def follow_process(
         raise Stopped(3)
     if code:
         raise RuntimeError(f"a process of this stage failed with exit code {code}; its own message is above")
+
+# %% ../nbs/50_train.ipynb #4eaf11fc
+def load_model(
+    run: Run,
+    source: str | None = None,  # "base", "mid", "sft" or "rl"; None: the furthest there is
+    device: torch.device | None = None,  # None: the best device here
+) -> tuple[GPT, Tokenizer, dict]:  # the model, its tokenizer, the checkpoint's meta
+    "A run's trained model. Raises `UserError` with the command that trains it if there is none."
+    source = source or run.furthest() or "base"
+    path = latest_checkpoint(run.path / source)
+    if path is None:
+        raise UserError(f"run {run.name!r} has no {source} model yet: nanochat run --run {run.name} --stages {source}")
+    device = device or get_device()
+    tensors, _, meta = load_checkpoint(path, device=device)
+    tokenizer = Tokenizer.load(run.path / "tokenizer")
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(f"{path} was trained with another tokenizer than {run.path / 'tokenizer'}: train again under "
+                        "another name, nanochat run --run NAME")
+    model = GPT(GPTConfig(**meta["model"])).to(device)
+    model.load_state_dict(tensors)
+    return model.eval(), tokenizer, meta
