@@ -70,7 +70,7 @@ def sample_chat(
         return [{"prompt": text, "text": plain_text(parse_reply(tokenizer, reply))} for text, reply in zip(prompts, replies)]
     return write
 
-# %% ../nbs/53_midtrain.ipynb #ea5ffce6
+# %% ../nbs/53_midtrain.ipynb #dafcc9c8
 def train_on_conversations(
     cfg: TrainConfig,  # with `conversations` and `masked`
     source: str,  # the stage whose model this one begins with
@@ -81,6 +81,8 @@ def train_on_conversations(
     if run.is_complete(cfg):
         print(f"{stage} of run {cfg.run!r} is complete")
         return
+    if not run.stage_done(source):
+        raise UserError(f"run {run.name!r} has no finished {source} model to go on from: nanochat run --run {run.name} --stages {source}")
     model, tokenizer, _ = load_model(run, source, device)
     context = model.config.context
     train_store = conversation_rows(write_talks(cfg.conversations, cfg.seed, kinds), tokenizer, context, cfg.masked)
