@@ -6,18 +6,21 @@
 __all__ = ['COLORS', 'base_dir', 'UserError', 'atomic_write', 'atomic_dir', 'sha256_file', 'get_device', 'fast_dtype', 'Ranks',
            'get_ranks', 'seed_everything', 'format_count', 'format_bytes', 'format_seconds']
 
-# %% ../nbs/00_common.ipynb #3c929299
+# %% ../nbs/00_common.ipynb #db11ebf5
 import contextlib
 import errno
 import hashlib
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import, so functions that need it do so themselves
+    import torch
 
 # %% ../nbs/00_common.ipynb #87f70bf3
 def base_dir() -> Path:  # the directory that holds data/, hub/, eval_bundle/ and runs/

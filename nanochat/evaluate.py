@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EvalConfig', 'score_model', 'run_evaluate']
 
-# %% ../nbs/56_evaluate.ipynb #a295a302
+# %% ../nbs/56_evaluate.ipynb #893ae453
 import time
 from dataclasses import asdict, dataclass
 
 from .chat_eval import score_task
 from .common import UserError, format_seconds, get_device
 from .engine import Engine
-from .run import SOURCES, Run, make_config
+from .run import SOURCES, Run
 from .tasks import TASKS, load_task
 from .train import load_model
 

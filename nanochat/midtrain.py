@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'MidConfig', 'write_talks', 'conversation_rows', 'sample_chat', 'train_on_conversations', 'run_midtrain']
 
-# %% ../nbs/53_midtrain.ipynb #3b990be2
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+# %% ../nbs/53_midtrain.ipynb #32bd4843
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
-
-import torch
 
 from . import tinyworld
-from .common import Ranks, UserError, get_device
+from .common import UserError, get_device
 from .conversation import parse_reply, plain_text, render_conversation, render_prompt
 from .dataloader import RowLoader, RowStore
 from .engine import Engine
 from .gpt import GPT
 from .pretrain import validation_batches
-from .run import Run, make_config
+from .run import Run
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, launch, load_model, process_group, train
+from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, train
 
 # %% ../nbs/53_midtrain.ipynb #d5a4c1a6
 @dataclass(frozen=True)

@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['OPENINGS', 'BaseConfig', 'validation_batches', 'sample_text', 'load_tokenizer', 'run_pretrain']
 
-# %% ../nbs/52_pretrain.ipynb #a46ea0a0
+# %% ../nbs/52_pretrain.ipynb #1f7306f7
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
 from .common import Ranks, UserError, get_device
-from .conversation import parse_reply, plain_text, render_prompt
 from .dataloader import RowLoader, RowStore
 from .dataset import open_corpus
 from .engine import Engine
 from .gpt import GPT, GPTConfig
-from .run import Run, make_config
+from .run import Run
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, launch, process_group, train
+from .train import TrainConfig, Trainer, describe_machine, process_group, train
 
 # %% ../nbs/52_pretrain.ipynb #bc5db576
 @dataclass(frozen=True)

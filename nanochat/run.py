@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'SOURCES', 'FREE_SETTINGS', 'PRESETS', 'Run', 'list_runs', 'find_run', 'make_config', 'read_settings']
 
-# %% ../nbs/48_run.ipynb #6a369b9d
+# %% ../nbs/48_run.ipynb #a5867ff7
 import dataclasses
 import json
-import os
 import re
 import time
 from dataclasses import dataclass

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SFTConfig', 'run_sft']
 
-# %% ../nbs/54_sft.ipynb #13bceb6c
+# %% ../nbs/54_sft.ipynb #8dae5202
 from dataclasses import dataclass
 
 from .midtrain import train_on_conversations
-from .run import Run, make_config
-from .train import TrainConfig, launch
+from .train import TrainConfig
 
 # %% ../nbs/54_sft.ipynb #9adf15d2
 @dataclass(frozen=True)

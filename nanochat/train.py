@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GPU_PEAKS', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'peak_flops', 'in_notebook',
            'draw_curves', 'Progress', 'StopRequest', 'Stopped', 'estimate_seconds', 'estimate_bytes', 'memory_used',
-           'describe_machine', 'Trainer', 'train', 'read_deadline', 'announce', 'process_group', 'run_worker', 'launch',
-           'follow_process', 'load_model']
+           'describe_machine', 'Trainer', 'pause', 'advance', 'train', 'read_deadline', 'announce', 'process_group',
+           'run_worker', 'launch', 'follow_process', 'load_model']
 
 # %% ../nbs/50_train.ipynb #b4991f59
 import importlib
@@ -37,7 +37,7 @@ from .optim import Optimizer, ParamGroup, lr_schedule, muon_momentum
 from .run import Run
 from .tokenizer import Tokenizer
 
-# %% ../nbs/50_train.ipynb #fb3d7d20
+# %% ../nbs/50_train.ipynb #2351b2c0
 @dataclass(frozen=True)
 class TrainConfig:
     "What every training stage has in common."
@@ -61,6 +61,7 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # checkpoints to keep
     seed: int = 1337  # of weights and data order
+    precision: str = "auto"  # of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU only
     compile: bool = False  # torch.compile: faster steps for half a minute of waiting
 
 # %% ../nbs/50_train.ipynb #dd62e7b7
@@ -307,7 +308,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:  # JSON-ready
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "system": platform.platform(), "peak_flops": peak_flops(device)}
 
-# %% ../nbs/50_train.ipynb #ecf24a57
+# %% ../nbs/50_train.ipynb #c039c7f1
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -330,10 +331,11 @@ class Trainer:
                             f"--set {self.stage}.batch_tokens={-(-self.cfg.batch_tokens // row_tokens) * row_tokens}")
         self.micro_batches = self.cfg.batch_tokens // row_tokens
         self.steps = max(1, round(self.cfg.tokens / self.cfg.batch_tokens))
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, 0, 0.0
         self.optimizer = build_optimizer(self.model, self.cfg, self.ranks)
         self.compute = torch.compile(self.model) if self.cfg.compile else self.model
-        self.autocast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        half = self.cfg.precision == "bfloat16" or self.cfg.precision == "auto" and self.device.type == "cuda"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
         self.directory = self.run.path / self.stage
 
     def log(self, kind: str, **fields: Any) -> None:
@@ -342,7 +344,9 @@ class Trainer:
             self.run.log(self.stage, kind, **fields)
 
     def save(self) -> None:
-        "A checkpoint of this step; one that is there already is left."
+        "A checkpoint of this step: all that decides the next one."
+        if self.step == self.saved:
+            return
         meta = {"stage": self.stage, "model": asdict(self.model.config), "settings": asdict(self.cfg), "tokenizer_hash": self.tokenizer.hash,
                 "position": self.loader.position, "seconds": self.seconds, "steps": self.steps}
         save_checkpoint(self.directory, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.ranks, keep=self.cfg.keep)
@@ -390,46 +394,65 @@ class Trainer:
             dist.all_reduce(loss)
         return {"loss": float(loss), "grad_norm": float(norm), "lr_scale": scale}
 
-# %% ../nbs/50_train.ipynb #9d115767
+# %% ../nbs/50_train.ipynb #55e18208
+def pause(
+    t: Trainer,  # between two steps
+    progress: Progress,  # where to show what is found
+    last: bool,  # whether training is over
+) -> float | None:  # validation bits per byte, if it was measured
+    "Save, measure and sample, whichever is due."
+    if (last or t.step % t.cfg.save_every == 0):
+        t.save()
+    bpb = None
+    if last or t.step % t.cfg.eval_every == 0:
+        bpb = t.measure()
+        progress.add(t.step, "bpb", bpb)
+        floor = f"  (floor {t.floor:.4f})" if t.floor else ""
+        progress.say(f"{t.stage} step {t.step}/{t.steps}  validation {bpb:.4f} bits per byte{floor}")
+    if t.cfg.sample_every and t.step > 0 and (last or t.step % t.cfg.sample_every == 0):
+        t.write_samples()
+    return bpb
+
+
+def advance(
+    t: Trainer,
+    progress: Progress,
+    peak: float,  # floating-point operations a second of all ranks' devices together
+) -> None:
+    "One step, timed and recorded."
+    start = time.perf_counter()
+    numbers = t.train_step()
+    seconds = time.perf_counter() - start
+    t.seconds += seconds
+    speed = t.cfg.batch_tokens / seconds
+    mfu = speed * t.model.flops_per_token() / peak
+    t.log("step", step=t.step, tokens=t.step * t.cfg.batch_tokens, tokens_per_second=speed, mfu=mfu, epoch=t.loader.epoch,
+          seconds=t.seconds, **numbers)
+    progress.update(t.step, numbers["loss"], speed, (t.steps - t.step) * t.seconds / t.step, mfu)
+
+# %% ../nbs/50_train.ipynb #e924f392
 def train(
-    trainer: Trainer,  # what to train on what
+    t: Trainer,  # what to train on what
 ) -> float:  # bits per byte on validation text at the end
     "Run a stage to its end, or until it is asked to stop; then its state is saved and `Stopped` is raised."
-    t, cfg = trainer, trainer.cfg
     resumed = t.resume()
-    progress = Progress(t.stage, t.steps, cfg.batch_tokens, t.floor, quiet=not t.ranks.is_main)
-    peak, flops = peak_flops(t.device) * t.ranks.world, t.model.flops_per_token()
+    progress = Progress(t.stage, t.steps, t.cfg.batch_tokens, t.floor, quiet=not t.ranks.is_main)
+    peak = peak_flops(t.device) * t.ranks.world
     announce(t, progress, resumed)
     t.model.train()
     with StopRequest(t.run, deadline=read_deadline()) as stop:
         while True:
             last = t.step >= t.steps
-            if (last or t.step % cfg.save_every == 0) and t.step > 0 and t.saved != t.step:
-                t.save()
-            if last or t.step % cfg.eval_every == 0:
-                bpb = t.measure()
-                progress.add(t.step, "bpb", bpb)
-                progress.say(f"{t.stage} step {t.step}/{t.steps}  validation {bpb:.4f} bits per byte"
-                             + (f"  (floor {t.floor:.4f})" if t.floor else ""))
-            if cfg.sample_every and (last or t.step % cfg.sample_every == 0) and t.step > 0:
-                t.write_samples()
+            bpb = pause(t, progress, last)
             if last:
                 break
             if stop.agreed(t.device):
                 t.save()
                 progress.say(f"{t.stage} stopped by {stop.reason} at step {t.step}; the same command goes on from here")
                 raise Stopped(3)
-            start = time.perf_counter()
-            numbers = t.train_step()
-            seconds = time.perf_counter() - start
-            t.seconds += seconds
-            speed = cfg.batch_tokens / seconds
-            mfu = speed * flops / peak
-            t.log("step", step=t.step, tokens=t.step * cfg.batch_tokens, tokens_per_second=speed, mfu=mfu, epoch=t.loader.epoch,
-                  seconds=t.seconds, **numbers)
-            progress.update(t.step, numbers["loss"], speed, (t.steps - t.step) * t.seconds / t.step, mfu)
+            advance(t, progress, peak)
     progress.close()
-    t.log("summary", step=t.step, bpb=bpb, seconds=t.seconds, tokens=t.step * cfg.batch_tokens, memory=memory_used(), floor=t.floor)
+    t.log("summary", step=t.step, bpb=bpb, seconds=t.seconds, tokens=t.step * t.cfg.batch_tokens, memory=memory_used(), floor=t.floor)
     return bpb
 
 # %% ../nbs/50_train.ipynb #284dbc1d

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TokenizerConfig', 'run_tokenizer']
 
-# %% ../nbs/51_train_tokenizer.ipynb #b59bae22
+# %% ../nbs/51_train_tokenizer.ipynb #31bca0b7
 import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 
 from .common import format_count
 from .dataset import iter_texts, open_corpus
-from .run import Run, make_config
+from .run import Run
 from .tokenizer import Tokenizer, limit_chars
 
 # %% ../nbs/51_train_tokenizer.ipynb #ac125140
