@@ -11,10 +11,10 @@ __all__ = ['IRREGULAR', 'HEADER', 'SLOT', 'OPENING', 'WORLD_FILE', 'LOG2', 'STAT
            'ask_question', 'word_list', 'draw_set', 'make_choices', 'draw_word', 'spell', 'everyday_words',
            'word_types', 'number_pairs', 'draw_sum', 'draw_things', 'count_aloud', 'write_story', 'write_dialogue',
            'write_questions', 'write_facts', 'write_counting', 'write_arithmetic', 'write_spelling', 'Document',
-           'write_documents', 'Turn', 'casual', 'talk_story', 'talk_reading', 'talk_reading_choice', 'test_reading',
-           'test_reading_free', 'talk_arithmetic', 'talk_spelling', 'talk_spelling_real', 'talk_spelling_made',
+           'write_documents', 'Turn', 'casual', 'talk_story', 'talk_reading', 'talk_reading_choice', 'exam_reading',
+           'exam_reading_free', 'talk_arithmetic', 'talk_spelling', 'talk_spelling_real', 'talk_spelling_made',
            'talk_counting', 'talk_facts', 'talk_facts_choice', 'talk_chat', 'talk_mixed', 'Talk', 'write_conversations',
-           'Item', 'write_items', 'check_answer', 'Pattern', 'compile_pattern', 'story_patterns', 'Reader',
+           'Item', 'write_items', 'check_answer', 'Pattern', 'compile_pattern', 'find_patterns', 'Reader',
            'check_story', 'entropy']
 
 # %% ../nbs/01_tinyworld.ipynb #ca778481
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from .common import UserError
 
-# %% ../nbs/01_tinyworld.ipynb #41e02e66
+# %% ../nbs/01_tinyworld.ipynb #dbfea1b1
 IRREGULAR = {"mouse": "mice", "goose": "geese", "leaf": "leaves", "fish": "fish", "box": "boxes", "scarf": "scarves"}
 
 
@@ -38,7 +38,8 @@ def article(
     word: str,  # a noun or an adjective
 ) -> str:  # the word with "a" or "an"
     "The word with its article."
-    return ("an " if word[0].lower() in "aeiou" and not word.startswith(("uni", "uku")) else "a ") + word
+    vowel = word[0].lower() in "aeiou" and not word.lower().startswith(("uni", "use", "uku")) or word.startswith("hour")
+    return ("an " if vowel else "a ") + word
 
 
 def plural(
@@ -75,7 +76,7 @@ def make_record(
     capitals = {f"^{form}": capital(text) for form, text in record.items() if isinstance(text, str)}
     return record | capitals
 
-# %% ../nbs/01_tinyworld.ipynb #d3f9aed3
+# %% ../nbs/01_tinyworld.ipynb #82c2358d
 HEADER = re.compile(r"(table|cast|shared|story|scene|dialogue|plot|beat|questions|facts|phrases|chat)\b ?(.*)")
 
 
@@ -114,10 +115,11 @@ def read_table(
         words, *values = line.split(" | ")
         if len(values) != len(names):
             raise UserError(f"table {name!r} has the columns {names}, but this row has {len(values)}: {line!r}")
-        records += [make_record(word, dict(zip(names, values))) for word in words.split(", ")]
+        parts = [words.split(", ") for words in words.split(" + ")]  # "apple, plum + pie, cake" makes four words
+        records += [make_record(" ".join(word), dict(zip(names, values))) for word in itertools.product(*parts)]
     return name, records
 
-# %% ../nbs/01_tinyworld.ipynb #cfba663d
+# %% ../nbs/01_tinyworld.ipynb #cb7c2939
 class Slot(NamedTuple):
     "A hole in a sentence."
     name: str  # a part such as "a", a table such as "colour", or something that the code provides
@@ -125,7 +127,7 @@ class Slot(NamedTuple):
 
 
 SLOT = re.compile(r"\{([a-z]+)\.?([A-Za-z.]*)\}")
-OPENING = re.compile(r'(?:^|[.!?:]"? |\n)"?$')
+OPENING = re.compile(r'(?:^|[.!?] |\n)"?$')
 
 
 def expand_brackets(
@@ -500,18 +502,19 @@ def word_list(
     "The words of a table."
     return [record[form] for record in world.tables[table]]
 
-# %% ../nbs/01_tinyworld.ipynb #80eb70ac
+# %% ../nbs/01_tinyworld.ipynb #4fbf15a1
 LETTERS = "ABCD"
 
 
 def draw_set(
     writer: Writer,
-    options: list[str],
+    options: Iterable,
     k: int,  # how many
-) -> list[str]:
-    "A uniform subset, in no particular order."
+    ordered: bool = False,  # whether their order is part of what is drawn
+) -> list:
+    "Different options, any k of them with the same probability."
     options = list(options)
-    writer.bits += math.log2(math.comb(len(options), k))
+    writer.bits += math.log2(math.perm(len(options), k) if ordered else math.comb(len(options), k))
     for i in range(k):
         j = i + int(writer.random() * (len(options) - i))
         options[i], options[j] = options[j], options[i]
@@ -647,7 +650,7 @@ def count_aloud(
     "Count, then say the number."
     return ", ".join(map(str, range(1, count + 1))) + (f". There are {count} {thing['s']}." if count > 1 else f". There is 1 {thing['']}.")
 
-# %% ../nbs/01_tinyworld.ipynb #4db26137
+# %% ../nbs/01_tinyworld.ipynb #f926c8cf
 def write_story(writer: Writer) -> str:
     "A story."
     writer.cast_story()
@@ -666,7 +669,7 @@ def write_questions(writer: Writer) -> str:
     beats = writer.plot(writer.choose(("story", "scene", "scene")))
     lines = [writer.tell(beats)]
     questions = find_questions(writer.world, tuple(beat.name for beat in beats))
-    for question in draw_set(writer, questions, writer.choose(range(1, min(3, len(questions)) + 1))):
+    for question in draw_set(writer, questions, writer.choose(range(1, min(3, len(questions)) + 1)), ordered=True):
         asked = ask_question(writer, question)
         if writer.choose((0, 1)):
             text, _, letter = make_choices(writer, asked)
@@ -716,10 +719,10 @@ def write_spelling(writer: Writer) -> str:
         lines.append(writer.phrase("tell_spelling", word=word, letters=spell(word)))
     return " ".join(lines)
 
-# %% ../nbs/01_tinyworld.ipynb #f54cbc42
+# %% ../nbs/01_tinyworld.ipynb #40f02b6f
 DOCUMENTS: dict[str, tuple[float, Callable[[Writer], str]]] = {  # kind: (weight, how to write it)
-    "story": (10, write_story), "questions": (5, write_questions), "dialogue": (1, write_dialogue), "facts": (1.5, write_facts),
-    "counting": (1, write_counting), "arithmetic": (1, write_arithmetic), "spelling": (2.5, write_spelling)}
+    "story": (10, write_story), "questions": (5, write_questions), "dialogue": (1, write_dialogue), "facts": (2, write_facts),
+    "counting": (1, write_counting), "arithmetic": (2, write_arithmetic), "spelling": (5, write_spelling)}
 
 
 class Document(NamedTuple):
@@ -762,7 +765,7 @@ def write_documents(
     for kind, text, bits in _write(writer, kinds, DOCUMENTS):
         yield Document(text, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #5ef8a8e6
+# %% ../nbs/01_tinyworld.ipynb #4e4623f8
 class Turn(NamedTuple):
     "A question and its answer."
     user: str
@@ -797,7 +800,7 @@ def _talk_reading(writer: Writer, kinds: tuple[str, ...], most: int, choice: boo
     beats = writer.plot(writer.choose(kinds))
     story, turns = writer.tell(beats), []
     questions = find_questions(writer.world, tuple(beat.name for beat in beats))
-    for question in draw_set(writer, questions, writer.choose(range(1, min(most, len(questions)) + 1))):
+    for question in draw_set(writer, questions, writer.choose(range(1, min(most, len(questions)) + 1)), ordered=True):
         asked = ask_question(writer, question)
         text, choices, letter = make_choices(writer, asked) if choice else (asked.text, (), "")
         if choice:
@@ -817,12 +820,12 @@ def talk_reading_choice(writer: Writer) -> list[Turn]:
     return _talk_reading(writer, ("story", "scene"), 4, choice=True)
 
 
-def test_reading(writer: Writer) -> list[Turn]:
+def exam_reading(writer: Writer) -> list[Turn]:
     "One multiple-choice question about a story."
     return _talk_reading(writer, ("story",), 1, choice=True)
 
 
-def test_reading_free(writer: Writer) -> list[Turn]:
+def exam_reading_free(writer: Writer) -> list[Turn]:
     "One free question about a story."
     return _talk_reading(writer, ("story",), 1, choice=False)
 
@@ -951,9 +954,9 @@ def write_conversations(
                     for role, content in (("user", turn.user), ("assistant", turn.reply))]
         yield Talk(messages, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #6a57f47e
+# %% ../nbs/01_tinyworld.ipynb #c5a59c7c
 ITEMS: dict[str, Callable[[Writer], list[Turn]]] = {  # kind: how to write one
-    "reading": test_reading, "reading_free": test_reading_free, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
+    "reading": exam_reading, "reading_free": exam_reading_free, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
     "spelling_real": talk_spelling_real, "spelling_made": talk_spelling_made, "counting": talk_counting,
     "facts": talk_facts, "facts_choice": talk_facts_choice}
 
@@ -1000,7 +1003,7 @@ def check_answer(
         return bool(rows) and re.sub("[^a-z]", "", rows[-1].lower()) == item.answer
     return re.search(rf"\b{re.escape(item.answer.lower())}\b", reply.lower()) is not None
 
-# %% ../nbs/01_tinyworld.ipynb #e778731d
+# %% ../nbs/01_tinyworld.ipynb #3837fe3f
 class Pattern(NamedTuple):
     "A sentence, turned around."
     regex: re.Pattern
@@ -1034,13 +1037,16 @@ def _alternatives(world: World, table: str, form: str) -> str:
 
 
 @lru_cache(maxsize=None)
-def story_patterns(world: World) -> list[tuple[Beat, Pattern]]:
-    "Every sentence that can stand in a story."
-    names = {name: None for plots in world.plots["story"].values() for plot in plots for name, _ in plot}
+def find_patterns(
+    world: World,
+    kind: str = "story",  # or "scene" or "dialogue"
+) -> list[tuple[Beat, Pattern]]:
+    "Every sentence that can stand in a text of this kind."
+    names = {name: None for plots in world.plots[kind].values() for plot in plots for name, _ in plot}
     sentences = [(world.beats[name], sentence) for name in names for sentence in {s.pieces: s for s in world.beats[name].choices}.values()]
     return [(beat, compile_pattern(world, sentence)) for beat, sentence in sentences]
 
-# %% ../nbs/01_tinyworld.ipynb #2cbbeb26
+# %% ../nbs/01_tinyworld.ipynb #71c3ccdf
 REASONS = {"has": "{0} does not have the {1}", "at": "{0} is not at the {1}", "lost": "the {1} is not lost", "begin": "the story has no beginning",
            "-has": "{0} already has the {1}", "end": "the story has no ending"}  # why a beat can't come now; others are named
 
@@ -1051,8 +1057,9 @@ class Reader:
     def __init__(
         self,
         world: World,
+        kind: str = "story",  # or "scene" or "dialogue"
     ):
-        self.world = world
+        self.world, self.kind = world, kind
         self.players: dict[str, dict] = {}  # part -> record
         self.facts: set[tuple] = set()
         self.beats: list[str] = []  # what has been told
@@ -1061,9 +1068,9 @@ class Reader:
     def candidates(self, text: str, start: int) -> list[tuple[Beat, Pattern, re.Match]]:
         "The sentences that the text can go on with."
         found = []
-        for beat, pattern in story_patterns(self.world):
+        for beat, pattern in find_patterns(self.world, self.kind):
             match = pattern.regex.match(text, start)
-            if match and (match.end() == len(text) or text[match.end()] == " "):
+            if match and (match.end() == len(text) or text[match.end()] in " \n"):
                 found.append((beat, pattern, match))
         return found
 
@@ -1081,7 +1088,7 @@ class Reader:
                     problems.append(f"{fitting[0]['']} can't be two at once")
                 else:
                     players[part] = fitting[0]
-            elif text != players[part][form] and text not in players[part][form]:
+            elif text != (known := players[part][form]) and not (isinstance(known, list) and text in known):
                 problems.append(_mismatch(players[part], form, text))
         return players, problems
 
