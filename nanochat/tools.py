@@ -6,7 +6,8 @@
 __all__ = ['MAX_LENGTH', 'MAX_DEPTH', 'MAX_BITS', 'NotInLanguage', 'split_expression', 'check_size', 'raise_power',
            'evaluate_expression', 'format_number', 'calculate']
 
-# %% ../nbs/31_tools.ipynb #dd9e7b05
+# %% ../nbs/31_tools.ipynb #1b7f6b26
+import operator
 import re
 from fractions import Fraction
 
@@ -37,7 +38,7 @@ def split_expression(
         position = match.end()
     return [*tokens, ("end", "")]
 
-# %% ../nbs/31_tools.ipynb #eca52436
+# %% ../nbs/31_tools.ipynb #894b93ba
 def check_size(
     value: Fraction,
 ) -> Fraction:  # `value`
@@ -52,18 +53,18 @@ def raise_power(
     exponent: Fraction,  # whole; its size is checked before anything is computed
 ) -> Fraction:
     "`base ** exponent`. Raises `NotInLanguage` for one that is not whole, or a result that is too large."
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())  # at least 1, and 1 for -1, 0 and 1
-    if exponent.denominator != 1 or (bits - 1) * abs(exponent) > MAX_BITS:
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1  # each factor adds at least so many; none for -1, 0, 1
+    if exponent.denominator != 1 or bits * abs(exponent) > MAX_BITS:
         raise NotInLanguage("a power is not whole, or too large")
-    if bits == 1:  # -1, 0 or 1, where only the exponent's parity, sign and zero matter
-        exponent = max(Fraction(-1), min(exponent, 2 + exponent % 2))
     return base ** int(exponent)
 
-# %% ../nbs/31_tools.ipynb #24dfa40b
+# %% ../nbs/31_tools.ipynb #a69efefc
 class _Parser:
     "Reads and computes one expression."
 
     BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, "**": 4}  # 3 is a minus sign before a term
+    OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
+                 "%": operator.mod, "**": raise_power}
 
     def __init__(
         self,
@@ -108,20 +109,9 @@ class _Parser:
         while (binding := self.BINDING.get(self.tokens[0][1], 0)) >= power:
             _, sign = self.take()
             right = self.expression(3 if sign == "**" else binding + 1)
-            value = check_size(self.apply(sign, value, right))
+            value = check_size(Fraction(self.OPERATORS[sign](value, right)))
         self.depth -= 1
         return value
-
-    def apply(self, sign: str, a: Fraction, b: Fraction) -> Fraction:
-        "One operator. Raises `ZeroDivisionError`."
-        match sign:
-            case "+": return a + b
-            case "-": return a - b
-            case "*": return a * b
-            case "/": return a / b
-            case "//": return Fraction(a // b)
-            case "%": return a % b
-            case _: return raise_power(a, b)
 
 
 def evaluate_expression(
