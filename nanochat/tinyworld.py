@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from .common import UserError
 
-# %% ../nbs/01_tinyworld.ipynb #dbfea1b1
+# %% ../nbs/01_tinyworld.ipynb #9c8dec0a
 IRREGULAR = {"mouse": "mice", "goose": "geese", "leaf": "leaves", "fish": "fish", "box": "boxes", "scarf": "scarves"}
 
 
@@ -61,7 +61,7 @@ def capital(
     "The text with a capital at its start."
     return text[:1].upper() + text[1:]
 
-# %% ../nbs/01_tinyworld.ipynb #7c2e9790
+
 def make_record(
     word: str,  # "barn"
     columns: dict[str, str],  # {"at": "in", "thing*": "ladder, haystack"}; a star marks several words
@@ -212,7 +212,7 @@ def compile_choices(
         choices += [compile_sentence(t, tables, cast, bits) for t in group] * (size // len(group))
     return choices
 
-# %% ../nbs/01_tinyworld.ipynb #1d4a8626
+# %% ../nbs/01_tinyworld.ipynb #5a4292c4
 class Fact(NamedTuple):
     "Something that is true, or no longer true, in a story."
     name: str  # has, at, lost, ...
@@ -248,7 +248,7 @@ class Chat(NamedTuple):
     asks: list[Sentence]  # what a person may say
     replies: list[Sentence]  # what nanochat answers
 
-# %% ../nbs/01_tinyworld.ipynb #0dcf2564
+
 class World:
     "Everything in the file, compiled."
 
@@ -337,7 +337,7 @@ def allowed(
     sums = [sum(map(residue, parts_of(option))) for option in options]
     return [[o for o, s in zip(options, sums) if ((s + before) % 10 == 0) == (split == "test")] for before in range(10)]
 
-# %% ../nbs/01_tinyworld.ipynb #4f093270
+# %% ../nbs/01_tinyworld.ipynb #139ea4ca
 LOG2 = [0.0, *(math.log2(n) for n in range(1, 20_000))]
 
 
@@ -347,7 +347,7 @@ def _places(world: World, split: str) -> list[list[int]]:
     records = world.tables[world.cast["p"]]
     return allowed(list(range(len(records))), lambda i: (records[i][""],), split)
 
-# %% ../nbs/01_tinyworld.ipynb #9c7fe37c
+
 class Writer:
     "Draws words and sentences, and adds up the information of every choice."
 
@@ -552,7 +552,7 @@ def make_choices(
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS)]
     return "\n".join([asked.text, *lines]), choices, LETTERS[choices.index(asked.answer)]
 
-# %% ../nbs/01_tinyworld.ipynb #fcc736a9
+# %% ../nbs/01_tinyworld.ipynb #e23b06ea
 @lru_cache(maxsize=None)
 def _spelled(world: World, split: str) -> list[str]:
     "Real words to spell. Those for testing occur nowhere else in the world."
@@ -587,7 +587,7 @@ def spell(
     "Spell a word."
     return " ".join(word)
 
-# %% ../nbs/01_tinyworld.ipynb #186c86f6
+
 @lru_cache(maxsize=None)
 def everyday_words(
     world: World,
@@ -612,7 +612,7 @@ def word_types(
     world = world or load_world()
     return set(everyday_words(world)) | set(word_list(world, "spelled"))
 
-# %% ../nbs/01_tinyworld.ipynb #4316474b
+# %% ../nbs/01_tinyworld.ipynb #36c123b7
 @lru_cache(maxsize=None)
 def number_pairs(
     sign: str,  # "+", "-" or "*"
@@ -638,7 +638,7 @@ def draw_sum(
     m, n = writer.choose(number_pairs(sign, 2, 9, writer.split) if writer.choose((0, 1)) else number_pairs(sign, 2, 99, writer.split, above=9))
     return sign, m, n, CALCULATE[sign](m, n)
 
-# %% ../nbs/01_tinyworld.ipynb #460216c7
+
 @lru_cache(maxsize=None)
 def _patterns(split: str) -> list[list[tuple[int, ...]]]:
     "Rows of two to six zeros (the thing to count) and ones (another thing), by the residue of the two words."
@@ -859,7 +859,7 @@ def exam_reading_free(writer: Writer) -> list[Turn]:
     "One free question about a story."
     return _talk_reading(writer, ("story",), 1, choice=False)
 
-# %% ../nbs/01_tinyworld.ipynb #36e681fd
+# %% ../nbs/01_tinyworld.ipynb #b31499b5
 def talk_arithmetic(writer: Writer) -> list[Turn]:
     "A sum, done with the calculator."
     sign, m, n, result = draw_sum(writer)
@@ -1076,7 +1076,7 @@ def find_patterns(
     sentences = [(world.beats[name], sentence) for name in names for sentence in {s.pieces: s for s in world.beats[name].choices}.values()]
     return [(beat, compile_pattern(world, sentence)) for beat, sentence in sentences]
 
-# %% ../nbs/01_tinyworld.ipynb #71c3ccdf
+# %% ../nbs/01_tinyworld.ipynb #463f1daf
 REASONS = {"has": "{0} does not have the {1}", "at": "{0} is not at the {1}", "lost": "the {1} is not lost", "begin": "the story has no beginning",
            "-has": "{0} already has the {1}", "end": "the story has no ending"}  # why a beat can't come now; others are named
 
@@ -1130,7 +1130,8 @@ class Reader:
             words = [players.get(part, {"": part})[""] for part in args]
             if ((name, *words) in self.facts) != holds:
                 sign = "" if holds else "-"
-                problems.append(REASONS.get(sign + name, f"{'nothing was said of' if holds else 'this contradicts'}: {name} {' '.join(words)}").format(*words, ""))
+                default = f"{'nothing was said of' if holds else 'this contradicts'}: {' '.join((name, *words))}"
+                problems.append(REASONS.get(sign + name, default).format(*words))
         if ("end",) in self.facts:
             problems.append("the story goes on after its end")
         if beat.name in self.beats:
