@@ -788,7 +788,7 @@ def write_documents(
     for kind, text, bits in _write(writer, kinds, DOCUMENTS):
         yield Document(text, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #18b54bc9
+# %% ../nbs/01_tinyworld.ipynb #9f4ba1e0
 class Turn(NamedTuple):
     "A question and its answer."
     user: str
@@ -804,7 +804,7 @@ def casual(
     "The same as people type it: half of the time carelessly."
     if writer.choose((0, 1)):
         return text
-    bare = text.rstrip(".?!")
+    bare = text.rstrip(".?!= ")
     return bare[0].lower() + bare[1:]
 
 
