@@ -17,14 +17,14 @@ __all__ = ['IRREGULAR', 'HEADER', 'SLOT', 'OPENING', 'STORY_KINDS', 'LOG2', 'STA
            'talk_mixed', 'Talk', 'write_conversations', 'Item', 'write_items', 'check_answer', 'Pattern',
            'compile_pattern', 'find_patterns', 'Reader', 'check_story', 'entropy']
 
-# %% ../nbs/01_tinyworld.ipynb #8c010e6b
+# %% ../nbs/01_tinyworld.ipynb #f2b2afa0
 import itertools
 import math
 import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -212,7 +212,7 @@ def compile_choices(
         choices += [compile_sentence(t, tables, cast, bits) for t in group] * (size // len(group))
     return choices
 
-# %% ../nbs/01_tinyworld.ipynb #5a4292c4
+# %% ../nbs/01_tinyworld.ipynb #0554f1b9
 class Fact(NamedTuple):
     "Something that is true, or no longer true, in a story."
     name: str  # has, at, lost, ...
@@ -268,7 +268,7 @@ class World:
             self._add(section)
         named = {name for plots in self.plots.values() for rows in plots.values() for row in rows for name, _ in row}
         if missing := named - set(self.beats):
-            raise UserError(f"a plot names the beat {sorted(missing)[0]!r}, which is not in the file; add: beat {sorted(missing)[0]}: -> ...")
+            raise UserError(f"a plot names the beat {min(missing)!r}, which is not in the file; add: beat {min(missing)}: -> ...")
         self.parts = {part: [{f"{part}.{form}": text for form, text in record.items()} for record in self.tables[table]]
                       for part, table in self.cast.items()}  # what a part adds to the slots of a sentence
 
@@ -304,7 +304,7 @@ def world_text() -> str:
     return files("nanochat").joinpath("tinyworld.txt").read_text(encoding="utf-8")
 
 
-@lru_cache
+@cache
 def load_world() -> World:
     "The world in `tinyworld.txt`, read on first use."
     return World(world_text())
@@ -312,8 +312,8 @@ def load_world() -> World:
 # %% ../nbs/01_tinyworld.ipynb #e5cda169
 STORY_KINDS = ("lost", "trade", "journey", "repair", "contest", "mystery", "storm")  # the genres in the file
 
-# %% ../nbs/01_tinyworld.ipynb #0e4b3619
-@lru_cache(maxsize=None)
+# %% ../nbs/01_tinyworld.ipynb #49692f64
+@cache
 def residue(
     part: str,  # a word, a number, a letter
 ) -> int:  # 0 .. 9
@@ -337,11 +337,11 @@ def allowed(
     sums = [sum(map(residue, parts_of(option))) for option in options]
     return [[o for o, s in zip(options, sums) if ((s + before) % 10 == 0) == (split == "test")] for before in range(10)]
 
-# %% ../nbs/01_tinyworld.ipynb #139ea4ca
+# %% ../nbs/01_tinyworld.ipynb #9dab90a2
 LOG2 = [0.0, *(math.log2(n) for n in range(1, 20_000))]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _places(world: World, split: str) -> list[list[int]]:
     "The places allowed after a person and an object, by the residue of these two."
     records = world.tables[world.cast["p"]]
@@ -436,7 +436,7 @@ class Writer:
         "The text of some beats, each told in one of its ways."
         return between.join([self.say(beat.choices) for beat in beats])
 
-# %% ../nbs/01_tinyworld.ipynb #0386e492
+# %% ../nbs/01_tinyworld.ipynb #158a00d5
 STATES = {"has", "at"}  # facts that can end; the others record that something happened
 
 
@@ -447,7 +447,7 @@ class Question(NamedTuple):
     table: str  # and its table
 
 
-@lru_cache(maxsize=None)
+@cache
 def find_questions(
     world: World,
     beats: tuple[str, ...],  # the names of a plot's beats
@@ -473,7 +473,7 @@ def find_questions(
                 found.append(Question(asked, parts[covered], world.cast[parts[covered]]))
     return tuple(found)
 
-# %% ../nbs/01_tinyworld.ipynb #6330299b
+# %% ../nbs/01_tinyworld.ipynb #841cff47
 WHO = ("person", "pet")  # tables whose words can stand for one another in an answer
 REPLIES = {"place": "{x.At} the {x}.", "toy": "The {x}.", "weather": "{x.Adj}."}  # how to answer with a word of a table
 
@@ -502,13 +502,13 @@ def ask_question(
     return Asked(_sentence(world, question.template).format % env, answer, _sentence(world, reply).format % env, rivals, others)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sentence(world: World, template: str) -> Sentence:
     "A template outside of the file, compiled once."
     return compile_sentence(template, world.tables, world.cast, 0.0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def word_list(
     world: World,
     table: str,  # name of a table
@@ -552,8 +552,8 @@ def make_choices(
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS)]
     return "\n".join([asked.text, *lines]), choices, LETTERS[choices.index(asked.answer)]
 
-# %% ../nbs/01_tinyworld.ipynb #e23b06ea
-@lru_cache(maxsize=None)
+# %% ../nbs/01_tinyworld.ipynb #3943e34d
+@cache
 def _spelled(world: World, split: str) -> list[str]:
     "Real words to spell. Those for testing occur nowhere else in the world."
     words = word_list(world, "spelled")
@@ -563,7 +563,7 @@ def _spelled(world: World, split: str) -> list[str]:
     return [word for word in words if is_held_out(word) and word not in everyday_words(world)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _endings(world: World, split: str) -> list[list[str]]:
     "Endings of made-up words, by the residue of what stands before."
     return allowed(word_list(world, "ending"), lambda ending: ending, split)
@@ -588,7 +588,7 @@ def spell(
     return " ".join(word)
 
 
-@lru_cache(maxsize=None)
+@cache
 def everyday_words(
     world: World,
 ) -> frozenset[str]:  # lower case
@@ -612,8 +612,8 @@ def word_types(
     world = world or load_world()
     return set(everyday_words(world)) | set(word_list(world, "spelled"))
 
-# %% ../nbs/01_tinyworld.ipynb #36c123b7
-@lru_cache(maxsize=None)
+# %% ../nbs/01_tinyworld.ipynb #3f7a9c12
+@cache
 def number_pairs(
     sign: str,  # "+", "-" or "*"
     low: int,  # the smallest number
@@ -639,7 +639,7 @@ def draw_sum(
     return sign, m, n, CALCULATE[sign](m, n)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _patterns(split: str) -> list[list[tuple[int, ...]]]:
     "Rows of two to six zeros (the thing to count) and ones (another thing), by the residue of the two words."
     rows = [row for length in range(2, 7) for row in itertools.product((0, 1), repeat=length) if 0 in row]
@@ -742,7 +742,7 @@ def write_spelling(writer: Writer) -> str:
         lines.append(writer.phrase("tell_spelling", word=word, letters=spell(word)))
     return " ".join(lines)
 
-# %% ../nbs/01_tinyworld.ipynb #40f02b6f
+# %% ../nbs/01_tinyworld.ipynb #80a2a60f
 DOCUMENTS: dict[str, tuple[float, Callable[[Writer], str]]] = {  # kind: (weight, how to write it)
     "story": (10, write_story), "questions": (5, write_questions), "dialogue": (1, write_dialogue), "facts": (2, write_facts),
     "counting": (1, write_counting), "arithmetic": (2, write_arithmetic), "spelling": (5, write_spelling)}
@@ -759,7 +759,7 @@ def _mixture(kinds: dict[str, float] | None, known: dict[str, tuple[float, Calla
     "Names, cumulated probabilities and bits of the kinds to draw from."
     weights = {kind: weight for kind, (weight, _) in known.items()} if kinds is None else kinds
     if unknown := set(weights) - set(known):
-        raise UserError(f"kind {sorted(unknown)[0]!r} is unknown; choose from: {', '.join(known)}")
+        raise UserError(f"kind {min(unknown)!r} is unknown; choose from: {', '.join(known)}")
     if not sum(weights.values()) > 0 or min(weights.values()) < 0:
         raise UserError(f"the weights {weights} must not be negative, and one of them must be above 0")
     weights = {kind: weight / sum(weights.values()) for kind, weight in weights.items() if weight}
@@ -900,8 +900,8 @@ def talk_counting(writer: Writer) -> list[Turn]:
     user = polite(writer, writer.phrase("ask_count", list=things))
     return [Turn(user, count_aloud(thing, count), str(count))]
 
-# %% ../nbs/01_tinyworld.ipynb #bd20b29f
-@lru_cache(maxsize=None)
+# %% ../nbs/01_tinyworld.ipynb #eae445fd
+@cache
 def _fact_questions(world: World, name: str, split: str) -> list[tuple[tuple[dict, dict], Sentence]]:
     "The facts of a kind with the ways of asking that a split may use."
     kind = world.facts[name]
@@ -1033,7 +1033,7 @@ def check_answer(
         return bool(rows) and re.sub("[^a-z]", "", rows[-1].lower()) == item.answer
     return re.search(rf"\b{re.escape(item.answer.lower())}\b", reply.lower()) is not None
 
-# %% ../nbs/01_tinyworld.ipynb #3837fe3f
+# %% ../nbs/01_tinyworld.ipynb #998c7cea
 class Pattern(NamedTuple):
     "A sentence, turned around."
     regex: re.Pattern
@@ -1058,7 +1058,7 @@ def compile_pattern(
     return Pattern(re.compile("".join(text)), tuple(sorted(slots, key=lambda slot: slot[1].form not in ("", "^", "a", "^a"))))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _alternatives(world: World, table: str, form: str) -> str:
     "All that a slot may hold, longest first."
     forms = [record[form] for record in world.tables[table]]
@@ -1066,7 +1066,7 @@ def _alternatives(world: World, table: str, form: str) -> str:
     return "|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word))))
 
 
-@lru_cache(maxsize=None)
+@cache
 def find_patterns(
     world: World,
     kind: str = "story",  # or "scene" or "dialogue"
