@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from .common import UserError
 
-# %% ../nbs/01_tinyworld.ipynb #9c8dec0a
+# %% ../nbs/01_tinyworld.ipynb #b5e2d3c7
 IRREGULAR = {"mouse": "mice", "goose": "geese", "leaf": "leaves", "fish": "fish", "box": "boxes", "scarf": "scarves"}
 
 
@@ -38,7 +38,7 @@ def article(
     word: str,  # a noun or an adjective
 ) -> str:  # the word with "a" or "an"
     "The word with its article."
-    vowel = word[0].lower() in "aeiou" and not word.lower().startswith(("uni", "use", "uku")) or word.startswith("hour")
+    vowel = word[0].lower() in "aeiou" and not word.lower().startswith(("uni", "use", "uku")) or word.startswith(("hour", "honest", "heir"))
     return ("an " if vowel else "a ") + word
 
 

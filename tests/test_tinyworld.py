@@ -85,7 +85,7 @@ def test_damaged_stories_are_refused(world: World):
             refused.append(bool(check_story(story[:hit.start()] + dice.choice([w for w in words if w != hit[0]]) + story[hit.end():])))
         assert sum(refused) / len(refused) > least
     assert all(check_story(story[:len(story) * 3 // 4]) for story in stories)
-    assert all(check_story(first + " " + second) for first, second in zip(stories, stories[1:]))
+    assert all(check_story(first + " " + second) for first, second in itertools.pairwise(stories))
     assert check_story("") and check_story("Once upon a time there was a cat.")
 
 
@@ -102,7 +102,7 @@ def test_articles_and_capitals():
     for document in itertools.islice(write_documents(8), 3000):
         text = document.text
         assert not re.search(r"\b[Aa] (?!uni|use|uku)[aeiou]\w", text.replace(" a e", "").replace(" a i", "")) or document.kind == "spelling", text
-        assert not re.search(r"\b[Aa]n (?!hour)[^aeiou\W]\w", text) or document.kind == "spelling", text
+        assert not re.search(r"\b[Aa] (?:honest|hour)\b|\b[Aa]n (?!honest|hour)[^aeiou\W]\w", text) or document.kind == "spelling", text
         assert not re.search(r"[a-z][.!?] [a-z]", text), text
         assert not re.search(r"[{}\[\]|#%]|  ", text), text
 
