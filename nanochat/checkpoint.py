@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'pack_tensors', 'DamagedCheckpoint', 'seal_meta', 'read_met
            'save_checkpoint', 'load_checkpoint', 'load_weights', 'check_tokenizer', 'verify_checkpoint',
            'latest_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/30_checkpoint.ipynb #06b98968
+# %% ../nbs/30_checkpoint.ipynb #e5aa2d48
 import base64
 import hashlib
 import json
@@ -16,9 +16,12 @@ import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -33,12 +36,22 @@ def pack_tensors(
     "Tensors as the bytes of a safetensors file."
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
-# %% ../nbs/30_checkpoint.ipynb #be35db0a
+# %% ../nbs/30_checkpoint.ipynb #5ef64b7a
 FORMAT = 1  # of the directory; raised when a program that reads the old one could be misled
+_FILES = re.compile(r"(model|optim_[0-9]{5})\.safetensors")  # besides meta.json
 
 
 class DamagedCheckpoint(UserError):
     "A checkpoint that is incomplete or not what was written."
+
+    def __init__(
+        self,
+        path: Path,  # the checkpoint's directory
+        name: str,  # of the damaged file
+        what: str,  # what is wrong with it
+    ):
+        self.what = f"{name} {what}"
+        super().__init__(f"checkpoint {path} is damaged, {self.what}: delete it with rm -r {path}")
 
 
 def seal_meta(
@@ -48,28 +61,36 @@ def seal_meta(
     body = {key: value for key, value in meta.items() if key != "seal"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/30_checkpoint.ipynb #5679f070
+# %% ../nbs/30_checkpoint.ipynb #b64eb931
+@contextmanager
+def _explain(path: Path, name: str) -> Iterator[None]:
+    "Turn what can go wrong while a file is read into a sentence."
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"cannot read {path / name} ({os.strerror(error.errno)}): chmod -R u+rX {path}") from error
+    except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(path, name, f"is missing or can't be read ({type(error).__name__})") from error
+
+# %% ../nbs/30_checkpoint.ipynb #6173b2da
 def read_meta(
     path: Path | str,  # a checkpoint's directory
 ) -> dict[str, Any]:  # what was saved as meta, and format, step, files (name -> SHA-256), seal
     "The description of a checkpoint. Raises `DamagedCheckpoint`, or `UserError` for another format."
-    file = Path(path) / "meta.json"
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except PermissionError as error:
-        raise UserError(f"cannot read {file} ({os.strerror(error.errno)}): chmod -R u+rX {path}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} has no readable meta.json ({type(error).__name__}): delete it with rm -r {path}") from error
+    path = Path(path)
+    with _explain(path, "meta.json"):
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     if not isinstance(meta, dict) or meta.get("seal") != seal_meta(meta):
-        raise DamagedCheckpoint(f"{file} is not what was saved: delete the checkpoint with rm -r {path}")
+        raise DamagedCheckpoint(path, "meta.json", "is not what was saved")
     if meta.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} has format {meta.get('format')}, and this version of nanochat reads format {FORMAT}: "
                         "use the version that wrote it, or train again with nanochat run --run NEW_NAME")
-    if "model.safetensors" not in meta["files"] or not all(re.fullmatch(r"(model|optim_\d{5})\.safetensors", name) for name in meta["files"]):
-        raise DamagedCheckpoint(f"{file} lists files that no checkpoint has: delete it with rm -r {path}")
+    files = meta.get("files")
+    if not isinstance(files, dict) or "model.safetensors" not in files or not all(map(_FILES.fullmatch, files)):
+        raise DamagedCheckpoint(path, "meta.json", "lists files that no checkpoint has")
     return meta
 
-# %% ../nbs/30_checkpoint.ipynb #9a0eb834
+# %% ../nbs/30_checkpoint.ipynb #616fddcc
 def read_tensors(
     path: Path,  # a checkpoint's directory
     name: str,  # of one of its files
@@ -77,15 +98,12 @@ def read_tensors(
     device: torch.device | str = "cpu",  # where the tensors go
 ) -> dict[str, Tensor]:
     "The tensors of one file. Raises `DamagedCheckpoint` if its bytes are not those that were saved."
-    try:
+    with _explain(path, name):
         data = (path / name).read_bytes()
-    except PermissionError as error:
-        raise UserError(f"cannot read {path / name} ({os.strerror(error.errno)}): chmod -R u+rX {path}") from error
-    except OSError as error:
-        raise DamagedCheckpoint(f"checkpoint {path} lacks {name}: delete it with rm -r {path}") from error
     if hashlib.sha256(data).hexdigest() != digest:
-        raise DamagedCheckpoint(f"{path / name} is not what was saved, its SHA-256 differs: delete the checkpoint with rm -r {path}")
-    return {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
+        raise DamagedCheckpoint(path, name, "is not what was saved, its SHA-256 differs")
+    with _explain(path, name):
+        return {key: tensor.to(device) for key, tensor in safetensors.torch.load(data).items()}
 
 # %% ../nbs/30_checkpoint.ipynb #e4b45235
 def _agree(
@@ -125,7 +143,7 @@ def _publish(path: Path, model_tensors: dict[str, Tensor], digests: list[bytes],
         meta = json.loads(json.dumps({**meta, "format": FORMAT, "files": files}))  # as a reader will see it
         (temporary / "meta.json").write_text(json.dumps({**meta, "seal": seal_meta(meta)}, indent=1), encoding="utf-8")
 
-# %% ../nbs/30_checkpoint.ipynb #3a6f02db
+# %% ../nbs/30_checkpoint.ipynb #92448864
 def list_checkpoints(
     directory: Path | str,  # may be missing
 ) -> list[Path]:  # ordered by step
@@ -138,10 +156,10 @@ def _prune(directory: Path, keep: int) -> None:
     "Delete all but the newest checkpoints, and what killed processes left."
     for path in list_checkpoints(directory)[:-keep]:
         os.replace(path, path.with_name(f".{path.name}.old"))
-    for path in directory.glob(".step_*"):
+    for path in directory.glob(".*step_*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/30_checkpoint.ipynb #69c87f71
+# %% ../nbs/30_checkpoint.ipynb #7583d051
 def save_checkpoint(
     directory: Path | str,  # of the stage
     step: int,  # optimizer steps done
@@ -152,7 +170,7 @@ def save_checkpoint(
     keep: int = 2,  # how many checkpoints stay, at least 1
 ) -> Path:  # directory/step_000123
     "Save one checkpoint, whole or not at all. Raises `UserError` on all ranks if one of them can't write."
-    assert keep >= 1 and not {"format", "files", "seal"} & meta.keys()
+    assert keep >= 1, "a run without any checkpoint can't go on"
     path, error, digest = Path(directory) / f"step_{step:06d}", None, bytes(32)
     try:
         try:
@@ -219,18 +237,17 @@ def check_tokenizer(
         raise UserError(f"the checkpoint was trained with another tokenizer (hash {str(meta.get('tokenizer_hash'))[:12]}) than the run's "
                         f"(hash {tokenizer.hash[:12]}): train again under another name with nanochat run --run NEW_NAME")
 
-# %% ../nbs/30_checkpoint.ipynb #217a8fa7
+# %% ../nbs/30_checkpoint.ipynb #da10b135
 def verify_checkpoint(
     path: Path | str,  # a checkpoint's directory
 ) -> dict[str, Any]:  # its meta
     "Compare every file with its fingerprint. Raises `DamagedCheckpoint`, or `UserError` for another format."
-    meta = read_meta(path)
+    path, meta = Path(path), read_meta(path)
     for name, digest in meta["files"].items():
-        file = Path(path) / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"checkpoint {path} lacks {name}")
-        if sha256_file(file) != digest:
-            raise DamagedCheckpoint(f"{file} is not what was saved, its SHA-256 differs")
+        with _explain(path, name):
+            found = sha256_file(path / name)
+        if found != digest:
+            raise DamagedCheckpoint(path, name, "is not what was saved, its SHA-256 differs")
     return meta
 
 
@@ -244,7 +261,7 @@ def _set_aside(path: Path, damage: DamagedCheckpoint) -> None:
         return
     except OSError:
         aside = path
-    warnings.warn(f"{damage}; it is kept as {aside.name}, and the checkpoint before it is used", stacklevel=3)
+    warnings.warn(f"checkpoint {path.name} is set aside as {aside.name}, and the one before it is used: {damage.what}", stacklevel=3)
 
 # %% ../nbs/30_checkpoint.ipynb #e5b74c3b
 def latest_checkpoint(
