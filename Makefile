@@ -1,0 +1,43 @@
+# Two commands: `make run` trains a model and talks to it, `make test` runs every test.
+# Each sets up .venv on first use and is quick afterwards.
+
+PYTHON ?= python3
+PRESET ?= tiny
+BIN := .venv/bin
+
+.PHONY: run test lab export setup
+
+run: .venv/ready
+	$(BIN)/nanochat run --preset $(PRESET)
+
+test: .venv/ready
+	$(BIN)/python tests/in_step.py
+	$(BIN)/ruff check
+	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^5[1-7]_' --do_print
+	$(BIN)/python -m pytest -q
+
+lab: .venv/ready
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+export: .venv/ready
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --log-level WARN nbs/index.ipynb
+
+setup: .venv/ready
+
+# PyPI's torch for Linux brings several gigabytes of CUDA. Without an NVIDIA GPU we ask pip's own
+# sources for the CPU build first (a wheelhouse, say), and then uv, which knows where PyTorch keeps it.
+.venv/ready: settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "nanochat needs Python 3.10 or newer, and $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then true; \
+	elif [ "$$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
+	  echo "installing PyTorch for the CPU"; \
+	  $(BIN)/pip install -q 'torch==2.13.0+cpu' 2>/dev/null || \
+	  { $(BIN)/pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu 'torch>=2.6'; }; \
+	else echo "installing PyTorch"; $(BIN)/pip install -q 'torch>=2.6'; fi
+	@echo "installing nanochat and what it needs"
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
