@@ -20,9 +20,7 @@ lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 export: .venv/ready
-	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --log-level WARN nbs/index.ipynb
+	$(BIN)/python tests/in_step.py --write
 
 setup: .venv/ready
 

@@ -29,7 +29,7 @@ def row_uniforms(
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()  # so that (0, 1) and (1, 0) have nothing in common
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
 
-# %% ../nbs/32_engine.ipynb #5e049035
+# %% ../nbs/32_engine.ipynb #6c9c9020
 def sample_tokens(
     logits: Tensor,  # (B, V)
     uniforms: Tensor,  # (B,) in [0, 1), one random number a row
@@ -43,11 +43,10 @@ def sample_tokens(
     if top_k and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k, dim=-1)
     ladder = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
-    step = torch.searchsorted(ladder, (uniforms * ladder[:, -1])[:, None], right=True)
-    step = step.clamp_(max=ladder.size(-1) - 1)  # rounding can lift a product onto the very top
+    step = torch.searchsorted(ladder, (uniforms * ladder[:, -1])[:, None], right=True)  # below the top: a uniform is at most 1 - 2**-24
     return (step if ids is None else ids.gather(1, step))[:, 0]
 
-# %% ../nbs/32_engine.ipynb #4f23037d
+# %% ../nbs/32_engine.ipynb #d9073940
 @dataclass
 class Reply:
     "What was written behind one prompt."
@@ -82,7 +81,7 @@ class Row:
         token = token if free else self.forced.popleft()
         self.reply.tokens.append(token)
         self.reply.sampled.append(free)
-        if free and self.tools:
+        if self.tools:
             self.follow_call(token)
         if len(self.reply.tokens) == self.room:
             self.reply.reason = self.limit

@@ -11,12 +11,12 @@ import operator
 import re
 from fractions import Fraction
 
-# %% ../nbs/31_tools.ipynb #26a1527a
+# %% ../nbs/31_tools.ipynb #2ff0789f
 MAX_LENGTH = 200  # characters of an expression
 MAX_DEPTH = 32  # parentheses and signs inside each other
 MAX_BITS = 256  # of a numerator or denominator: 77 digits
 
-_TOKEN = re.compile(r"""\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+\.?[0-9]*|\.[0-9]+)(?![0-9A-Za-z_.,])
+_TOKEN = re.compile(r"""\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+\.?[0-9]*|\.[0-9]+)
                           |(?P<word>"[^"\\\n]*"|'[^'\\\n]*')
                           |(?P<sign>\*\*|//|\.count\b|[-+*/%()]))""", re.VERBOSE)
 

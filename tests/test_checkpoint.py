@@ -115,6 +115,8 @@ def test_killed_at_every_file_operation(tmp_path):
         latest = latest_checkpoint(directory)
         found.append(int(latest.name.removeprefix("step_")))
         check(latest, found[-1])
+        for path in list_checkpoints(directory):  # the others are whole too
+            verify_checkpoint(path)
         save(directory, 40)  # and the next save clears away what was left
         assert not list(directory.glob(".*")) and not list(directory.glob("*.broken"))
         check(latest_checkpoint(directory), 40)
@@ -209,6 +211,17 @@ def test_a_forged_list_of_files_is_refused(tmp_path, files):
     path = save(tmp_path, 10)
     forge(path, files=files)
     with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(path, optim=True)
+
+
+def test_a_forged_name_does_not_lead_outside(tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(safetensors.torch.save({"secret": torch.ones(1)}))
+    path = save(tmp_path / "base", 10)
+    (path / "optim_00001.safetensors").mkdir()
+    files = json.loads((path / "meta.json").read_text())["files"]
+    forge(path, files={**files, "optim_00001.safetensors/../../../outside.safetensors": hashlib.sha256(outside.read_bytes()).hexdigest()})
+    with pytest.raises(DamagedCheckpoint, match="lists files"):
         load_checkpoint(path, optim=True)
 
 

@@ -126,6 +126,7 @@ def test_written_as_people_write(text, result):
 def test_the_limit_of_depth_is_exact():
     assert calculate("(" * (MAX_DEPTH - 1) + "1" + ")" * (MAX_DEPTH - 1)) == "1"
     assert calculate("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) is None
+    assert calculate("+".join(["(1)"] * 40)) == "40"  # side by side is not inside each other
 
 
 @settings(max_examples=1000, deadline=None)
