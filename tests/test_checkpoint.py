@@ -36,7 +36,8 @@ FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil
 
 def save(directory, step, **more):
     "A small checkpoint whose contents say which step it is."
-    return save_checkpoint(directory, step, {"w": torch.full((3,), float(step))}, {"w.m": torch.full((2,), step + 0.5)}, {"position": 10 * step}, **more)
+    weights, state = {"w": torch.full((3,), float(step))}, {"w.m": torch.full((2,), step + 0.5)}
+    return save_checkpoint(directory, step, weights, state, {"position": 10 * step}, **more)
 
 
 def check(path, step):
@@ -80,12 +81,12 @@ def test_nothing_there(tmp_path):
         load_checkpoint(tmp_path / "missing")
 
 
-def fork(work):
+def fork(work, *arguments):
     "Run in a copy of this process; its exit code."
     pid = os.fork()
     if pid == 0:
         try:
-            work()
+            work(*arguments)
             os._exit(0)
         except BaseException:
             os._exit(1)
@@ -111,7 +112,7 @@ def test_killed_at_every_file_operation(tmp_path):
     for at in range(1, 200):
         directory = tmp_path / str(at)
         save(directory, 10), save(directory, 20)
-        code = fork(lambda: save_and_die(directory, at))
+        code = fork(save_and_die, directory, at)
         latest = latest_checkpoint(directory)
         found.append(int(latest.name.removeprefix("step_")))
         check(latest, found[-1])
@@ -225,11 +226,13 @@ def test_a_forged_name_does_not_lead_outside(tmp_path):
         load_checkpoint(path, optim=True)
 
 
+ENTRIES = st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "I8", "F4", "X", "BF16"]), "shape": st.lists(st.integers(-1, 2**40), max_size=3),
+                                 "data_offsets": st.lists(st.integers(-1, 2**40), min_size=1, max_size=3)})
+HEADERS = st.dictionaries(st.sampled_from(["w", "__metadata__", ""]), st.one_of(st.none(), ENTRIES), max_size=2)
+
+
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(header=st.one_of(st.binary(max_size=60), st.dictionaries(st.sampled_from(["w", "__metadata__", ""]), st.one_of(
-    st.none(), st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "I8", "F4", "X", "BF16"]), "shape": st.lists(st.integers(-1, 2**40), max_size=3),
-                                      "data_offsets": st.lists(st.integers(-1, 2**40), min_size=1, max_size=3)})), max_size=2)),
-       body=st.binary(max_size=16), size=st.one_of(st.none(), st.integers(0, 2**64 - 1)))
+@given(header=st.one_of(st.binary(max_size=60), HEADERS), body=st.binary(max_size=16), size=st.one_of(st.none(), st.integers(0, 2**64 - 1)))
 def test_a_forged_tensor_file_is_an_error_and_nothing_else(tmp_path, header, body, size):
     path = tmp_path / "step_000001"
     if not path.exists():

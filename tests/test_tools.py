@@ -57,7 +57,7 @@ def reference(text):
 
 
 numbers = st.one_of(st.integers(0, 30).map(str), st.decimals(0, 100, places=2).map(str), st.integers(0, 10**9).map(str))
-words = st.tuples(st.text("abc r", max_size=8), st.text("abr", max_size=2), st.sampled_from("'\"")).map(lambda t: f"{t[2]}{t[0]}{t[2]}.count({t[2]}{t[1]}{t[2]})")
+words = st.builds("{2}{0}{2}.count({2}{1}{2})".format, st.text("abc r", max_size=8), st.text("abr", max_size=2), st.sampled_from("'\""))
 expressions = st.recursive(
     st.one_of(numbers, numbers, words),
     lambda inner: st.one_of(
