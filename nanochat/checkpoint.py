@@ -90,7 +90,7 @@ def read_meta(
         raise DamagedCheckpoint(path, "meta.json", "lists files that no checkpoint has")
     return meta
 
-# %% ../nbs/30_checkpoint.ipynb #616fddcc
+# %% ../nbs/30_checkpoint.ipynb #b68751ef
 def read_tensors(
     path: Path,  # a checkpoint's directory
     name: str,  # of one of its files
@@ -103,7 +103,8 @@ def read_tensors(
     if hashlib.sha256(data).hexdigest() != digest:
         raise DamagedCheckpoint(path, name, "is not what was saved, its SHA-256 differs")
     with _explain(path, name):
-        return {key: tensor.to(device) for key, tensor in safetensors.torch.load(data).items()}
+        tensors = safetensors.torch.load(data)  # in an order that changes from one time to the next
+    return {key: tensors[key].to(device) for key in sorted(tensors)}
 
 # %% ../nbs/30_checkpoint.ipynb #e4b45235
 def _agree(

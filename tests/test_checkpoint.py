@@ -58,6 +58,12 @@ def test_round_trip_of_types_and_shapes(tmp_path):
     assert found["nested"] == meta["nested"] and found["tuple"] == [1, 2] and found["3"] == "number as key"
 
 
+def test_tensors_come_in_one_order(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {f"layer.{i}": torch.zeros(1) for i in range(40)}, {}, {})
+    for _ in range(5):
+        assert list(load_checkpoint(path)[0]) == sorted(f"layer.{i}" for i in range(40))
+
+
 def test_files_are_readable_without_us(tmp_path):
     path = save(tmp_path, 3)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optim_00000.safetensors", "meta.json"}
