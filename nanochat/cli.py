@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'RunName', 'Source', 'run', 'chat', 'evaluate', 'report', 'fetch', 'info', 'doctor', 'main']
 
-# %% ../nbs/65_cli.ipynb #a6546948
+# %% ../nbs/65_cli.ipynb #e195ea58
 import os
 import sys
 from typing import Annotated, Optional
@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .common import UserError, base_dir, format_bytes, format_seconds
-from .run import PRESETS, SOURCES, Run, find_run, list_runs, read_settings
+from .run import PRESETS, SOURCES, find_run, list_runs, read_settings
 
 # %% ../nbs/65_cli.ipynb #75227712
 app = typer.Typer(help="Learn how a ChatGPT is made by making one. Start with: nanochat run --preset tiny", no_args_is_help=True,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_rows', 'RowStore', 'make_rows', 'read_rows', 'RowLoader']
 
-# %% ../nbs/13_dataloader.ipynb #88d3e855
+# %% ../nbs/13_dataloader.ipynb #17d8cf3a
 import bisect
 import queue
 import threading
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .common import Ranks, UserError, atomic_dir, format_bytes
+from .common import Ranks, UserError, atomic_dir
 from .dataset import Corpus, iter_texts
 from .tokenizer import Tokenizer
 

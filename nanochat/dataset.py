@@ -7,7 +7,7 @@ __all__ = ['ROW_GROUP', 'SHARD_BYTES', 'HUB', 'CORPORA', 'write_shard', 'iter_te
            'add_to_manifest', 'world_fingerprint', 'make_world_shard', 'open_tinyworld', 'read_utf8', 'read_documents',
            'open_folder', 'Retry', 'fetch_file', 'HubCorpus', 'open_hub', 'open_corpus']
 
-# %% ../nbs/02_dataset.ipynb #339eeedc
+# %% ../nbs/02_dataset.ipynb #58a5adcf
 import codecs
 import hashlib
 import inspect
@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from . import tinyworld
-from .common import UserError, atomic_write, base_dir, format_bytes, sha256_file
+from .common import UserError, atomic_write, base_dir, sha256_file
 
 # %% ../nbs/02_dataset.ipynb #b67fec1d
 ROW_GROUP = 512  # documents that are read at a time

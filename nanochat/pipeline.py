@@ -109,7 +109,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #005239d0
+# %% ../nbs/58_pipeline.ipynb #dbfa4f10
 def run_pipeline(
     run: str = "tiny",  # the run's name
     preset: str = "tiny",
@@ -126,6 +126,7 @@ def run_pipeline(
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
     (this.path / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
     with tempfile.TemporaryDirectory() as folder:
         _own_kernel(Path(folder))
         for stage in chosen:

@@ -41,7 +41,7 @@ def test_before_anything_is_trained(tmp_path):
 
 def test_demo_runs_all_stages(base, demo, monkeypatch):
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert demo.stdout.count("\n> ") == 3
+    assert demo.stdout.split("--- report took")[1].count("\n> ") == 3
     report = Path(re.search(r"report: (\S+report\.md)\s*$", demo.stdout)[1])
     assert "## Scores" in report.read_text() and (report.parent / "figures" / "base.png").exists()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))

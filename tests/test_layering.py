@@ -64,7 +64,7 @@ def run(code):
 
 def test_imports_are_silent(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert run("import importlib\nfor m in %r: importlib.import_module('nanochat.' + m)" % sorted(NUMBERS)) == ""
+    assert run(f"import importlib\nfor m in {sorted(NUMBERS)}: importlib.import_module('nanochat.' + m)") == ""
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,5 @@
 """The loop over processes and through kills: the same run, whatever happens to it."""
 import json
-import os
 import signal
 import subprocess
 import sys
