@@ -105,7 +105,7 @@ def share_out(
         load[owners[name]] += sizes[name]
     return owners
 
-# %% ../nbs/22_optim.ipynb #4be6de2e
+# %% ../nbs/22_optim.ipynb #a1d85f15
 @dataclass
 class ParamGroup:
     "Parameters that are treated alike."
@@ -125,6 +125,7 @@ class Optimizer:
         self,
         groups: list[ParamGroup],
         ranks: Ranks = Ranks(),
+        dtype: torch.dtype | None = None,  # of Newton-Schulz products; None: what is fast here
     ):
         self.groups, self.ranks, self.steps = groups, ranks, 0
         self.params = {name: p for group in groups for name, p in group.params.items()}
@@ -132,7 +133,7 @@ class Optimizer:
         for group in groups:
             assert group.kind == "adamw" or all(p.ndim == 2 for p in group.params.values()), "Muon is for matrices"
             group.owned = {name: p for name, p in group.params.items() if self.owners[name] == ranks.rank}
-        self.dtype = fast_dtype(next(iter(self.params.values())).device)
+        self.dtype = dtype or fast_dtype(next(iter(self.params.values())).device)
         self.state: dict[str, Tensor] = {}
 
     def reduce_gradients(self) -> None:

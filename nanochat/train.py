@@ -37,7 +37,7 @@ from .optim import Optimizer, ParamGroup, lr_schedule, muon_momentum
 from .run import Run
 from .tokenizer import Tokenizer
 
-# %% ../nbs/50_train.ipynb #2351b2c0
+# %% ../nbs/50_train.ipynb #cebc5709
 @dataclass(frozen=True)
 class TrainConfig:
     "What every training stage has in common."
@@ -61,10 +61,10 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # checkpoints to keep
     seed: int = 1337  # of weights and data order
-    precision: str = "auto"  # of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU only
+    precision: str = "auto"  # float32 or bfloat16 everywhere; auto: bfloat16 on a GPU, and for Muon where it is fast
     compile: bool = False  # torch.compile: faster steps for half a minute of waiting
 
-# %% ../nbs/50_train.ipynb #dd62e7b7
+# %% ../nbs/50_train.ipynb #e0c488e6
 def build_optimizer(
     model: GPT,  # its parameters are not touched until the first step
     cfg: TrainConfig,  # learning rates
@@ -78,7 +78,7 @@ def build_optimizer(
         ParamGroup(kind="adamw", params={"transformer.wte.weight": embedding}, lr=cfg.embedding_lr * scale),
         ParamGroup(kind="adamw", params={"lm_head.weight": head}, lr=cfg.head_lr * scale),
         ParamGroup(kind="muon", params=params, lr=cfg.matrix_lr * cfg.lr_scale),
-    ], ranks)
+    ], ranks, torch.float32 if cfg.precision == "float32" else None)
 
 # %% ../nbs/50_train.ipynb #74c50203
 def count_targets(

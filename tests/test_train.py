@@ -15,7 +15,7 @@ from nanochat.run import Run, make_config
 from nanochat.train import launch
 from nanochat.train_tokenizer import TokenizerConfig, run_tokenizer
 
-QUICK = {"tokens": 40_960, "batch_tokens": 2048, "context": 64, "device_rows": 32, "sample_every": 0, "save_every": 4, "eval_every": 10}
+QUICK = {"tokens": 40_960, "batch_tokens": 2048, "context": 64, "device_rows": 32, "precision": "float32", "sample_every": 0, "save_every": 4, "eval_every": 10}
 
 
 @pytest.fixture
