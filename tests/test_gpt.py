@@ -1,0 +1,49 @@
+"""The model against an independent implementation."""
+import pytest
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+NAMES = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+         "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def their_name(name):
+    if name == "lm_head.weight":
+        return name
+    if name == "transformer.wte.weight":
+        return "model.embed_tokens.weight"
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"model.layers.{layer}.{NAMES[part]}.weight"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_logits_equal_those_of_transformers(heads, kv_heads):
+    config = GPTConfig(vocab_size=128, depth=3, width=64, heads=heads, kv_heads=kv_heads, context=32)
+    ours = GPT(config).init_weights(seed=1)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            if weight.abs().sum() == 0:
+                weight.normal_(0, 0.2)
+    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=256,
+        max_position_embeddings=32, rms_norm_eps=torch.finfo(torch.float32).eps, attn_implementation="eager")).eval()
+    missing = theirs.load_state_dict({their_name(name): w for name, w in ours.state_dict().items()}, strict=False)
+    assert not missing.unexpected_keys and not [k for k in missing.missing_keys if "rotary" not in k]
+    ids = torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+def test_loss_equals_cross_entropy_of_the_logits_and_so_do_gradients():
+    model = GPT(GPTConfig(vocab_size=100, depth=2, width=32, heads=2, kv_heads=1, context=16)).init_weights(seed=2)
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    ids, targets = torch.randint(0, 100, (3, 16)), torch.randint(-1, 100, (3, 16))
+    gradients = []
+    for loss in (model(ids, targets), torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
