@@ -50,14 +50,14 @@ def conversation_rows(
     ids, masks = [list(ids) for ids, _ in rendered], [list(mask) for _, mask in rendered]
     return RowStore.from_docs(ids, context, "whole" if masked else "crop", masks if masked else None)
 
-# %% ../nbs/53_midtrain.ipynb #35e4e71f
+# %% ../nbs/53_midtrain.ipynb #57184435
 PROMPTS = ("Hello! Who are you?", "What is 27 + 45?", "Tell me a story.", "How do you spell lantern?")
 
 
 def sample_chat(
     tokenizer: Tokenizer,
     prompts: tuple[str, ...] = PROMPTS,  # what the user says
-    max_tokens: int = 160,
+    max_tokens: int = 220,
 ) -> Callable[[GPT], list[dict]]:  # model -> records with prompt and text
     "Answers a few questions with the model as it is."
     def write(model: GPT) -> list[dict]:

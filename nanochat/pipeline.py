@@ -56,14 +56,14 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #df0da862
+# %% ../nbs/58_pipeline.ipynb #7b1a0d2b
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
 
 def _own_kernel(folder: Path) -> None:
     "A kernel named python3 that is this interpreter."
-    spec = '{"argv": ["%s", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}'
+    spec = '{"argv": ["%s", "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}'
     atomic_write(folder / "kernels" / "python3" / "kernel.json", spec % sys.executable.replace("\\", "\\\\"))
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
 

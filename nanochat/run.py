@@ -108,15 +108,15 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #61b84134
+# %% ../nbs/48_run.ipynb #8e0b2d81
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},
-        "tokenizer": {"vocab_size": 1024, "max_chars": 3_000_000},
-        "base": {"depth": 4, "width": 128, "heads": 4, "context": 256, "tokens": 1_600_000, "batch_tokens": 4096, "device_rows": 16,
-                 "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 800_000, "conversations": 8_000},
-        "sft": {"tokens": 300_000, "conversations": 3_000},
+        "tokenizer": {"vocab_size": 2048, "max_chars": 3_000_000},
+        "base": {"depth": 4, "width": 128, "heads": 2, "context": 256, "tokens": 1_638_400, "batch_tokens": 2048, "device_rows": 8,
+                 "eval_every": 200, "eval_tokens": 40_000, "sample_every": 400, "save_every": 100},
+        "mid": {"tokens": 819_200, "batch_tokens": 2048, "device_rows": 8, "eval_every": 200, "conversations": 12_000},
+        "sft": {"tokens": 204_800, "batch_tokens": 2048, "device_rows": 8, "conversations": 3_000},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour
