@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'notebook_dir', 'check_stages', 'stage_configs', 'stage_parameters', 'is_complete', 'StageFailed',
-           'own_kernel', 'WholeLines', 'execute_stage', 'explain', 'run_pipeline']
+           'own_kernel', 'WholeLines', 'explain', 'forward_signals', 'attempt', 'execute_stage', 'run_pipeline']
 
-# %% ../nbs/58_pipeline.ipynb #be7e4121
+# %% ../nbs/58_pipeline.ipynb #70a84ff1
 import contextlib
 import json
+import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,43 +128,91 @@ class WholeLines:
         if self.rest:
             self.write("\n")
 
-# %% ../nbs/58_pipeline.ipynb #63af96a9
+# %% ../nbs/58_pipeline.ipynb #8a7fd8cf
+def explain(
+    error: BaseException,  # what papermill raised
+    target: Path,  # the executed notebook
+) -> BaseException:  # what the pipeline raises
+    "The exception behind a cell that failed, or a kernel that died."
+    from nanochat.train import Stopped
+
+    name = getattr(error, "ename", "")
+    if name == "UserError":
+        return UserError(error.evalue)
+    if name in ("Stopped", "SystemExit"):
+        return Stopped(3)
+    if name:
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+        return StageFailed(f"{plain}\n{target.name} failed; the executed notebook is {target}")
+    if isinstance(error, RuntimeError):  # nbclient's DeadKernelError
+        return StageFailed(f"the kernel of {target.name} died ({error}); the same command goes on from the last checkpoint")
+    return error
+
+# %% ../nbs/58_pipeline.ipynb #533caa4a
+@contextlib.contextmanager
+def forward_signals() -> Iterator[list[int]]:  # the signals that arrived
+    "Inside the block, a first Ctrl-C or SIGTERM interrupts our kernels, and a second one kills them."
+    import psutil
+
+    arrived: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        arrived.append(number)
+        kernels = [child for child in psutil.Process().children() if "ipykernel_launcher" in child.cmdline()]
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT if len(arrived) == 1 else signal.SIGKILL)
+        if not kernels:
+            raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()  # signals can be caught nowhere else
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield arrived
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def attempt(
+    work: Callable[[], Any],  # called once, in another thread
+) -> BaseException | None:  # what it raised
+    "Do something elsewhere, so that signals reach this thread while it waits."
+    raised: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            work()
+        except BaseException as error:  # for the thread that waits: whatever it is
+            raised.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join()
+    return raised[0] if raised else None
+
+# %% ../nbs/58_pipeline.ipynb #88b409a9
 def execute_stage(
     source: Path,  # a stage notebook
     target: Path,  # where the executed copy goes; it is written as outputs arrive
     parameters: dict[str, Any],  # as `stage_parameters` gives them
 ) -> None:
-    "Run one notebook. Raises `UserError` with the stage's own sentence, `Stopped`, or `StageFailed`."
+    "Run one notebook. Raises `UserError` with the stage's own sentence, `Stopped`, `KeyboardInterrupt` or `StageFailed`."
     import papermill
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lines = WholeLines()
-    try:
-        papermill.execute_notebook(source, target, parameters, kernel_name="python3", progress_bar=False, stdout_file=lines,
-                                   autosave_cell_every=10, cwd=source.parent, coalesce_streams=True)
-    except papermill.PapermillExecutionError as error:
-        raise explain(error, target) from None
-    except RuntimeError as error:  # nbclient's DeadKernelError
-        raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
-    finally:
-        lines.close()
-
-
-def explain(
-    error: Any,  # a PapermillExecutionError: ename, evalue, traceback
-    target: Path,  # the executed notebook
-) -> BaseException:  # what the pipeline raises
-    "The exception behind a cell that failed."
     from nanochat.train import Stopped
 
-    if error.ename == "UserError":
-        return UserError(error.evalue)
-    if error.ename in ("Stopped", "SystemExit"):
-        return Stopped(3)
-    if error.ename == "KeyboardInterrupt":
-        return KeyboardInterrupt()
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    return StageFailed(f"{plain}\n{target.name} failed; the executed notebook is {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what goes wrong is said below
+    lines = WholeLines()
+    with forward_signals() as arrived:
+        error = attempt(lambda: papermill.execute_notebook(
+            source, target, parameters, kernel_name="python3", progress_bar=False, stdout_file=lines,
+            autosave_cell_every=10, cwd=source.parent, coalesce_streams=True))
+    lines.close()
+    if arrived:
+        raise KeyboardInterrupt if signal.SIGINT in arrived else Stopped(3)
+    if error:
+        raise explain(error, target) from None
 
 # %% ../nbs/58_pipeline.ipynb #3f653216
 def run_pipeline(
