@@ -118,7 +118,7 @@ def test_mistakes_get_one_sentence(base, demo, arguments, words):
 
 @pytest.mark.parametrize("files, words", [
     ({}, ["holds no"]),
-    ({"a.txt": "caf\u00e9".encode("latin1")}, ["UTF-8", "byte 3"]),
+    ({"a.txt": "caf\u00e9".encode("latin1")}, ["UTF-8", "byte 4"]),
     ({"a.parquet": b"PAR1" + bytes(100), "b.parquet": b"PAR1"}, ["a.parquet", "damaged"]),
 ])
 def test_bad_folders_get_one_sentence(base, tmp_path, files, words):
