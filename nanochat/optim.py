@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['adamw_update', 'newton_schulz', 'muon_update', 'lr_schedule', 'muon_momentum', 'share_out', 'ParamGroup', 'Optimizer']
 
-# %% ../nbs/22_optim.ipynb #8b46e055
-import math
+# %% ../nbs/22_optim.ipynb #0f57afdc
 from collections import defaultdict
 from dataclasses import dataclass, field
 
