@@ -63,7 +63,7 @@ class StageFailed(RuntimeError):
 
 def _own_kernel(folder: Path) -> None:
     "A kernel named python3 that is this interpreter."
-    spec = '{"argv": ["%s", "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}'
+    spec = '{"argv": ["%s", "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}'
     atomic_write(folder / "kernels" / "python3" / "kernel.json", spec % sys.executable.replace("\\", "\\\\"))
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
 

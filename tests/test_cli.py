@@ -105,8 +105,8 @@ def test_control_c_stops_a_reply_and_not_the_chat(base, demo):
     (["run", "--preset", "demo", "--run", "x3", "--stages", "tokenizer,base", "--width", "65"], ["65", "heads"]),
     (["run", "--preset", "demo", "--run", "x4", "--stages", "mid"], ["base", "nanochat run"]),
     (["chat", "--run", "nobody", "-p", "x"], ["nobody"]),
-    (["chat", "--source", "moon", "-p", "x"], ["moon", "sft"]),
-    (["eval", "--tasks", "trivia"], ["trivia", "reading"]),
+    (["chat", "--run", "demo", "--source", "moon", "-p", "x"], ["moon", "sft"]),
+    (["eval", "--run", "demo", "--tasks", "trivia"], ["trivia", "reading"]),
     (["fetch", "wikipedia"], ["wikipedia", "tinyworld"]),
 ])
 def test_mistakes_get_one_sentence(base, demo, arguments, words):
