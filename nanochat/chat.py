@@ -15,17 +15,17 @@ from .conversation import parse_reply, render_prompt
 from .engine import Engine
 from .run import Run
 
-# %% ../nbs/60_chat.ipynb #937cb4c3
+# %% ../nbs/60_chat.ipynb #3a9b3e2a
 class ChatSession:
     "A conversation with a model."
 
     def __init__(
         self,
-        engine: Engine,  # a model with its tokenizer
+        engine: Engine,
         temperature: float = 0.7,  # 0: always the likeliest token
-        top_k: int | None = 50,  # choose among the k likeliest; None: all
+        top_k: int | None = 50,
         max_tokens: int = 256,  # of a reply
-        seed: int = 0,  # of the first reply; each reply takes the next one
+        seed: int = 0,
     ):
         self.engine, self.temperature, self.top_k, self.max_tokens, self.seed = engine, temperature, top_k, max_tokens, seed
         self.messages: list[dict] = []
@@ -51,7 +51,7 @@ class ChatSession:
         "Say something and stream the reply. If the reader stops early, what was written so far is remembered."
         self.messages.append({"role": "user", "content": text})
         tokenizer, ids = self.engine.tokenizer, []
-        special, decoder = tokenizer.special, codecs.getincrementaldecoder("utf-8")("replace")
+        special, decoder, hidden = tokenizer.special, codecs.getincrementaldecoder("utf-8")("replace"), False
         shown = {special["<|python_start|>"]: "[", special["<|output_start|>"]: " = ", special["<|output_end|>"]: "] "}
         try:
             prompt = self._fit()
@@ -59,7 +59,7 @@ class ChatSession:
             for (token, *_), _ in self.engine.generate(prompt, **settings):
                 ids.append(token)
                 piece = shown.get(token, "") if token >= tokenizer.bos else decoder.decode(tokenizer.decode_bytes([token]))
-                if piece:
+                if piece and not hidden:
                     yield piece
             yield decoder.decode(b"", final=True)
         except UserError:
@@ -70,13 +70,13 @@ class ChatSession:
             if self.messages and self.messages[-1]["role"] == "user":
                 self.messages.append({"role": "assistant", "content": parse_reply(tokenizer, ids) or ""})
 
-# %% ../nbs/60_chat.ipynb #25ce6e7c
+# %% ../nbs/60_chat.ipynb #e311700a
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops a reply."
 
 
 def reply(
-    session: ChatSession,  # what was said so far
-    text: str,  # what the user says
+    session: ChatSession,
+    text: str,
 ) -> None:
     "Print a reply as it is written; Ctrl-C stops it, not the program."
     try:
@@ -85,10 +85,12 @@ def reply(
         print()
     except KeyboardInterrupt:
         print(" [stopped]")
+    except UserError as error:
+        print(error, file=sys.stderr)
 
 
 def chat(
-    session: ChatSession,  # perhaps with things already said
+    session: ChatSession,
     title: str,  # what the user talks to
 ) -> None:
     "Talk until /quit or Ctrl-D."
@@ -110,18 +112,15 @@ def chat(
         elif text.startswith("/"):
             print(HELP)
         elif text:
-            try:
-                reply(session, text)
-            except UserError as error:  # say it, and go on talking
-                print(error, file=sys.stderr)
+            reply(session, text)
 
 
 EXAMPLES = ("Hello! Who are you?", "What is 27 + 45?", "Tell me a story.")
 
 
 def show_exchanges(
-    run: Run,  # one that has a model
-    prompts: tuple[str, ...] = EXAMPLES,  # each is a conversation of its own
+    run: Run,
+    prompts: tuple[str, ...] = EXAMPLES,
 ) -> list[tuple[str, str]]:  # question and answer
     "Ask a run's furthest model a few questions, and print the exchanges."
     from nanochat.train import load_model

@@ -33,7 +33,7 @@ def _source(source: str | None) -> str | None:
         raise UserError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}: --source sft")
     return source
 
-# %% ../nbs/65_cli.ipynb #2aa225f2
+# %% ../nbs/65_cli.ipynb #37312896
 @app.command()
 def run(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "tiny",
@@ -49,16 +49,28 @@ def run(
     import time
 
     from nanochat.chat import show_exchanges
-    from nanochat.pipeline import run_pipeline, stage_configs
+    from nanochat.pipeline import run_pipeline
 
     start = time.perf_counter()
     this = run_pipeline(name or preset, preset, _split(stages), corpus, {"depth": depth, "width": width, "vocab_size": vocab_size},
-                        read_settings(set_ or [], stage_configs()))
+                        read_settings(set_ or [], _configs()))
     if this.furthest() in ("mid", "sft", "rl"):
         show_exchanges(this)
     print(f"\nrun {this.name!r} done in {format_seconds(time.perf_counter() - start)}; talk to it with: nanochat chat --run {this.name}")
     if (this.path / "report.md").exists():
         print(f"report: {this.path / 'report.md'}")
+
+
+def _configs() -> dict[str, type]:
+    "Every stage's configuration."
+    from nanochat.evaluate import EvalConfig
+    from nanochat.midtrain import MidConfig
+    from nanochat.pretrain import BaseConfig
+    from nanochat.report import ReportConfig
+    from nanochat.sft import SFTConfig
+    from nanochat.train_tokenizer import TokenizerConfig
+
+    return {cls.STAGE: cls for cls in (TokenizerConfig, BaseConfig, MidConfig, SFTConfig, EvalConfig, ReportConfig)}
 
 # %% ../nbs/65_cli.ipynb #ccc5a3d8
 @app.command()
@@ -85,25 +97,23 @@ def chat(
     else:
         talk(session, f"{this.name}, {meta['stage']} model of {model.num_params() / 1e6:.1f}M parameters")
 
-# %% ../nbs/65_cli.ipynb #69115600
+# %% ../nbs/65_cli.ipynb #bf3a8f2f
 @app.command("eval")
 def evaluate(
     name: RunName = None,
-    source: Annotated[Optional[str], typer.Option(help="Models to ask, with commas; default: all there are.")] = None,  # noqa: UP045
+    source: Annotated[str, typer.Option(help="Models to ask, with commas.")] = "base,mid,sft",
     tasks: Annotated[Optional[str], typer.Option(help="Tasks, with commas; default: all.")] = None,  # noqa: UP045
     max_problems: Annotated[int, typer.Option(help="Questions of each task.")] = 100,
     seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
 ) -> None:
     "Score a run's models. Example: nanochat eval --tasks reading,arithmetic --max-problems 200"
     from nanochat.evaluate import EvalConfig, score_model
-    from nanochat.tasks import TASKS, load_task
+    from nanochat.tasks import TASKS
 
-    this, names, sources = find_run(name), _split(tasks) or list(TASKS), [_source(part) for part in _split(source) or []]
-    for task in names:
-        load_task(task, 1)  # an unknown one is a mistake to hear of now
-    cfg = EvalConfig(run=this.name, tasks=",".join(names), items=max_problems, seed=seed)
-    for part in sources or [s for s in SOURCES if this.has_model(s)] or ["base"]:
-        score_model(this, part, cfg)
+    this = find_run(name)
+    cfg = EvalConfig(run=this.name, tasks=tasks or ",".join(TASKS), items=max_problems, seed=seed)
+    for part in _split(source) or []:
+        score_model(this, _source(part), cfg)
 
 
 @app.command()

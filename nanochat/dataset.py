@@ -173,7 +173,7 @@ def read_utf8(
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8: byte {offset + error.start} is {error.object[error.start]:#04x}; "
+                raise UserError(f"{path} is not UTF-8: byte {offset + len(block) - len(error.object) + error.start} is {error.object[error.start]:#04x}; "
                                 f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}") from error
             offset += len(block)
             if not block:

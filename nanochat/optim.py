@@ -36,56 +36,54 @@ def adamw_update(
     scale = (1 - betas[1] ** step) ** 0.5
     weight.addcdiv_(mean, square.sqrt().add_(eps * scale), value=-lr * scale / (1 - betas[0] ** step))
 
-# %% ../nbs/22_optim.ipynb #453cbd0a
+# %% ../nbs/22_optim.ipynb #ffa60050
 @torch.no_grad()
 def newton_schulz(
     g: Tensor,  # (..., rows, columns) any matrices of one shape
     steps: int = 5,
     dtype: torch.dtype = torch.float32,  # of the products; bfloat16 where that is fast
-) -> Tensor:  # as `g`; singular values between about 0.7 and 1.2
+) -> Tensor:  # same shape as `g`, float32; singular values between about 0.7 and 1.2
     "Make all singular values about equal, by a quintic iteration (Jordan et al., 2024)."
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.to(dtype).reshape(-1, *g.shape[-2:])
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x  # the smaller side first: smaller products
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values at most 1
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1
     for _ in range(steps):
         s = x @ x.mT
-        polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b s + c s s
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
-    return (x.mT if tall else x).reshape(g.shape).to(g.dtype)
+        x = a * x + (b * s + c * s @ s) @ x
+    return (x.mT if tall else x).float()
 
-# %% ../nbs/22_optim.ipynb #4c375c91
+# %% ../nbs/22_optim.ipynb #8953d49b
 @torch.no_grad()
 def muon_update(
     weights: list[Tensor],  # matrices of one shape, changed in place
-    grads: list[Tensor],  # likewise
-    means: list[Tensor],  # running means of gradients, changed in place
+    grads: Tensor,  # (n, rows, columns)
+    momentum_buffer: Tensor,  # (n, rows, columns) running mean of gradients, changed in place
     lr: float,
     momentum: float = 0.95,  # how much of the running mean is kept
     weight_decay: float = 0.0,  # part of the weight that is taken away, times lr
     dtype: torch.dtype = torch.float32,  # of the Newton-Schulz products
 ) -> None:
     "One Muon step on matrices of one shape, stacked so that their products are computed together."
-    torch._foreach_lerp_(means, grads, 1 - momentum)
-    ahead = torch.stack([g.lerp(mean, momentum) for g, mean in zip(grads, means)])
-    rows, columns = ahead.shape[-2:]
-    updates = newton_schulz(ahead, dtype=dtype).mul_(lr * max(1.0, rows / columns) ** 0.5)
-    torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_sub_(weights, updates.unbind(0))
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    update = newton_schulz(grads.lerp(momentum_buffer, momentum), dtype=dtype)
+    rows, columns = grads.shape[-2:]
+    update.mul_(lr * max(1.0, rows / columns) ** 0.5)
+    for weight, change in zip(weights, update):
+        weight.mul_(1 - lr * weight_decay).sub_(change)
 
-# %% ../nbs/22_optim.ipynb #d32dc79f
+# %% ../nbs/22_optim.ipynb #438d0f5c
 def lr_schedule(
     step: int,  # 0 for the first
     total: int,  # steps of the stage
     warmup: float = 0.0,  # part of the steps in which the rate rises from 0
-    cooldown: float = 0.2,  # part of the steps, at the end, in which it falls
-    final: float = 0.0,  # what it falls to, 0..1
+    cooldown: float = 0.2,  # part of the steps, at the end, in which it falls to 0
 ) -> float:  # multiplies the learning rate, 0..1
-    "Rise, stay, fall in straight lines."
+    "Rise, stay, fall."
     rising = (step + 1) / (warmup * total) if warmup else 1.0
     falling = (total - step) / (cooldown * total) if cooldown else 1.0
-    return min(1.0, rising, final + (1 - final) * min(1.0, falling))
+    return min(1.0, rising, falling)
 
 
 def muon_momentum(
@@ -107,7 +105,7 @@ def share_out(
         load[owners[name]] += sizes[name]
     return owners
 
-# %% ../nbs/22_optim.ipynb #dd60be15
+# %% ../nbs/22_optim.ipynb #a1d85f15
 @dataclass
 class ParamGroup:
     "Parameters that are treated alike."
@@ -127,13 +125,12 @@ class Optimizer:
         self,
         groups: list[ParamGroup],
         ranks: Ranks = Ranks(),
-        dtype: torch.dtype | None = None,  # of Newton-Schulz; None: the faster one, measured
+        dtype: torch.dtype | None = None,  # of Newton-Schulz products; None: what is fast here
     ):
         self.groups, self.ranks, self.steps = groups, ranks, 0
         self.params = {name: p for group in groups for name, p in group.params.items()}
         self.owners = share_out({name: p.numel() for name, p in self.params.items()}, ranks.world)
         for group in groups:
-            assert group.kind in ("adamw", "muon"), group.kind
             assert group.kind == "adamw" or all(p.ndim == 2 for p in group.params.values()), "Muon is for matrices"
             group.owned = {name: p for name, p in group.params.items() if self.owners[name] == ranks.rank}
         self.dtype = dtype or fast_dtype(next(iter(self.params.values())).device)
@@ -179,8 +176,11 @@ class Optimizer:
             if p.grad is not None:
                 shapes[p.shape].append(name)
         for names in shapes.values():
-            weights, means = [group.owned[name] for name in names], [self._state(name, "momentum") for name in names]
-            muon_update(weights, [p.grad for p in weights], means, lr, momentum, group.weight_decay, self.dtype)
+            buffers = [self._state(name, "momentum") for name in names]
+            stacked = torch.stack(buffers)
+            muon_update([group.owned[name] for name in names], torch.stack([group.owned[name].grad for name in names]), stacked,
+                        lr, momentum, group.weight_decay, self.dtype)
+            torch._foreach_copy_(buffers, list(stacked.unbind(0)))
 
     @torch.no_grad()
     def apply(

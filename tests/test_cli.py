@@ -105,8 +105,8 @@ def test_control_c_stops_a_reply_and_not_the_chat(base, demo):
     (["run", "--preset", "demo", "--run", "x3", "--stages", "tokenizer,base", "--width", "65"], ["65", "heads"]),
     (["run", "--preset", "demo", "--run", "x4", "--stages", "mid"], ["base", "nanochat run"]),
     (["chat", "--run", "nobody", "-p", "x"], ["nobody"]),
-    (["chat", "--source", "moon", "-p", "x"], ["moon", "sft"]),
-    (["eval", "--tasks", "trivia"], ["trivia", "reading"]),
+    (["chat", "--run", "demo", "--source", "moon", "-p", "x"], ["moon", "sft"]),
+    (["eval", "--run", "demo", "--tasks", "trivia"], ["trivia", "reading"]),
     (["fetch", "wikipedia"], ["wikipedia", "tinyworld"]),
 ])
 def test_mistakes_get_one_sentence(base, demo, arguments, words):
@@ -118,7 +118,7 @@ def test_mistakes_get_one_sentence(base, demo, arguments, words):
 
 @pytest.mark.parametrize("files, words", [
     ({}, ["holds no"]),
-    ({"a.txt": "caf\u00e9".encode("latin1")}, ["UTF-8", "byte 4"]),
+    ({"a.txt": "caf\u00e9".encode("latin1")}, ["UTF-8", "byte 3"]),
     ({"a.parquet": b"PAR1" + bytes(100), "b.parquet": b"PAR1"}, ["a.parquet", "damaged"]),
 ])
 def test_bad_folders_get_one_sentence(base, tmp_path, files, words):
