@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/20_attention.ipynb #cf00b6b4
+# %% ../nbs/20_attention.ipynb #b0dce287
 EPS = torch.finfo(torch.float32).eps  # keeps a vector of zeros from dividing by zero
 
 
 def use_own_gradient(
     x: Tensor,
 ) -> bool:  # whether to use the functions with gradients of our own
-    "True on a CPU in full precision, unless `torch.compile` is at work: it merges passes by itself."
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    "True on a CPU, unless `torch.compile` is at work: it merges passes by itself."
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 def inverse_rms(

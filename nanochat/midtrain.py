@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'MidConfig', 'write_talks', 'conversation_rows', 'sample_chat', 'train_on_conversations', 'run_midtrain']
 
-# %% ../nbs/53_midtrain.ipynb #32bd4843
+# %% ../nbs/53_midtrain.ipynb #1094c134
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ from .gpt import GPT
 from .pretrain import validation_batches
 from .run import Run
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, train
+from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, row_length, train
 
 # %% ../nbs/53_midtrain.ipynb #d5a4c1a6
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MidConfig(TrainConfig):
     conversations: int = 8000  # different conversations; they are repeated if there are fewer than tokens ask for
     masked: bool = False  # predict every token, not only the assistant's
 
-# %% ../nbs/53_midtrain.ipynb #0d2d36e2
+# %% ../nbs/53_midtrain.ipynb #628bd9e6
 def write_talks(
     count: int,  # how many
     seed: int,  # which
@@ -42,13 +42,13 @@ def write_talks(
 def conversation_rows(
     talks: list[list[dict]],  # messages of each conversation
     tokenizer: Tokenizer,
-    context: int,  # tokens of a row
+    row: int,  # tokens of a row
     masked: bool,  # True: only what the assistant says is predicted
 ) -> RowStore:
     "Conversations packed into rows: whole where only the assistant counts, cropped to fill every row where all does."
-    rendered = [render_conversation(tokenizer, messages, context + 1) for messages in talks]
+    rendered = [render_conversation(tokenizer, messages, row + 1) for messages in talks]
     ids, masks = [list(ids) for ids, _ in rendered], [list(mask) for _, mask in rendered]
-    return RowStore.from_docs(ids, context, "whole" if masked else "crop", masks if masked else None)
+    return RowStore.from_docs(ids, row, "whole" if masked else "crop", masks if masked else None)
 
 # %% ../nbs/53_midtrain.ipynb #57184435
 PROMPTS = ("Hello! Who are you?", "What is 27 + 45?", "Tell me a story.", "How do you spell lantern?")
@@ -67,7 +67,7 @@ def sample_chat(
         return [{"prompt": text, "text": plain_text(parse_reply(tokenizer, reply))} for text, reply in zip(prompts, replies)]
     return write
 
-# %% ../nbs/53_midtrain.ipynb #dafcc9c8
+# %% ../nbs/53_midtrain.ipynb #f0a9c0f1
 def train_on_conversations(
     cfg: TrainConfig,  # with `conversations` and `masked`
     source: str,  # the stage whose model this one begins with
@@ -81,14 +81,14 @@ def train_on_conversations(
     if not run.stage_done(source):
         raise UserError(f"run {run.name!r} has no finished {source} model to go on from: nanochat run --run {run.name} --stages {source}")
     model, tokenizer, _ = load_model(run, source, device)
-    context = model.config.context
-    train_store = conversation_rows(write_talks(cfg.conversations, cfg.seed, kinds), tokenizer, context, cfg.masked)
-    val_store = conversation_rows(write_talks(min(1000, cfg.conversations), cfg.seed + 1, kinds), tokenizer, context, True)
+    row = row_length(cfg, model.config)
+    train_store = conversation_rows(write_talks(cfg.conversations, cfg.seed, kinds), tokenizer, row, cfg.masked)
+    val_store = conversation_rows(write_talks(min(1000, cfg.conversations), cfg.seed + 1, kinds), tokenizer, row, True)
     with process_group(device) as ranks:
         loader = RowLoader(train_store, cfg.device_rows * ranks.world, ranks, device, shuffle_seed=cfg.seed)
         if ranks.is_main:
             run.log(stage, "environment", **describe_machine(device))
-        train(Trainer(stage, cfg, run, model, tokenizer, loader, validation_batches(val_store, cfg, ranks, device, context),
+        train(Trainer(stage, cfg, run, model, tokenizer, loader, validation_batches(val_store, cfg, ranks, device, row),
                       sample_chat(tokenizer), None, ranks))
 
 

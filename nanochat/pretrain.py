@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENINGS', 'BaseConfig', 'validation_batches', 'sample_text', 'load_tokenizer', 'run_pretrain']
 
-# %% ../nbs/52_pretrain.ipynb #1f7306f7
+# %% ../nbs/52_pretrain.ipynb #5d741ec3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,15 +13,15 @@ from itertools import islice
 import torch
 
 from .common import Ranks, UserError, get_device
-from .dataloader import RowLoader, RowStore
+from .dataloader import Echo, RowLoader, RowStore
 from .dataset import open_corpus
 from .engine import Engine
 from .gpt import GPT, GPTConfig
 from .run import Run
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, process_group, train
+from .train import TrainConfig, Trainer, describe_machine, process_group, row_length, train
 
-# %% ../nbs/52_pretrain.ipynb #bc5db576
+# %% ../nbs/52_pretrain.ipynb #631dac32
 @dataclass(frozen=True)
 class BaseConfig(TrainConfig):
     "Settings of pretraining."
@@ -32,19 +32,22 @@ class BaseConfig(TrainConfig):
     width: int = 128  # of the residual stream
     heads: int = 4  # attention heads
     kv_heads: int = 0  # heads of keys and values; 0: as many as heads
-    context: int = 256  # tokens of a row
+    context: int = 256  # tokens that the model can read
+    echo_tokens: int = 0  # at the start, in rows that say their beginning again and again
+    echo_part: float = 0.0  # of the rows after these
+    echo_length: int = 48  # tokens that such a row repeats
 
-# %% ../nbs/52_pretrain.ipynb #19130ffe
+# %% ../nbs/52_pretrain.ipynb #ebe67383
 def validation_batches(
     store: RowStore,  # validation rows
     cfg: TrainConfig,  # eval_tokens and device_rows
     ranks: Ranks,
     device: torch.device,
-    context: int,  # tokens of a row
+    row: int,  # tokens of a row
 ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:  # gives the same batches each time
     "The first `eval_tokens` of the validation rows, shared out over the ranks."
     rows = cfg.device_rows * ranks.world
-    count = max(1, min(cfg.eval_tokens // (rows * context), len(store) // rows))
+    count = max(1, min(cfg.eval_tokens // (rows * row), len(store) // rows))
     return lambda: islice(RowLoader(store, rows, ranks, device), count)
 
 
@@ -71,7 +74,7 @@ def load_tokenizer(run: Run) -> Tokenizer:
         raise UserError(f"run {run.name!r} has no tokenizer yet: nanochat run --run {run.name} --stages tokenizer")
     return Tokenizer.load(run.path / "tokenizer")
 
-# %% ../nbs/52_pretrain.ipynb #487c80cb
+# %% ../nbs/52_pretrain.ipynb #da632ab2
 def run_pretrain(
     cfg: BaseConfig,
 ) -> None:
@@ -84,13 +87,14 @@ def run_pretrain(
     config = GPTConfig(tokenizer.vocab_size, cfg.depth, cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.context)
     with process_group(device) as ranks:
         corpus = open_corpus(cfg.corpus, cfg.shards, progress=ranks.is_main)
-        rows, stores = run.path / "rows", {}
+        row, cache, stores = row_length(cfg, config), run.path / "rows", {}
         for split, mode in (("train", "crop"), ("val", "whole")):
-            stores[split] = RowStore.from_corpus(corpus, split, tokenizer, cfg.context, rows, ranks, mode)
+            stores[split] = RowStore.from_corpus(corpus, split, tokenizer, row, cache, ranks, mode)
         model = GPT(config).to(device)
         model.init_weights(seed=cfg.seed)
-        loader = RowLoader(stores["train"], cfg.device_rows * ranks.world, ranks, device, shuffle_seed=cfg.seed)
+        echo = Echo(cfg.echo_tokens // row, cfg.echo_part, cfg.echo_length)
+        loader = RowLoader(stores["train"], cfg.device_rows * ranks.world, ranks, device, shuffle_seed=cfg.seed, echo=echo)
         if ranks.is_main:
             run.log("base", "environment", **describe_machine(device))
-        train(Trainer("base", cfg, run, model, tokenizer, loader, validation_batches(stores["val"], cfg, ranks, device, cfg.context),
+        train(Trainer("base", cfg, run, model, tokenizer, loader, validation_batches(stores["val"], cfg, ranks, device, row),
                       sample_text(tokenizer), corpus.entropy, ranks))

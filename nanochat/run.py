@@ -108,15 +108,17 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #8e0b2d81
+# %% ../nbs/48_run.ipynb #9672d413
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},
         "tokenizer": {"vocab_size": 2048, "max_chars": 3_000_000},
-        "base": {"depth": 4, "width": 128, "heads": 2, "context": 256, "tokens": 1_638_400, "batch_tokens": 2048, "device_rows": 8,
-                 "eval_every": 200, "eval_tokens": 40_000, "sample_every": 400, "save_every": 100},
-        "mid": {"tokens": 819_200, "batch_tokens": 2048, "device_rows": 8, "eval_every": 200, "conversations": 12_000},
-        "sft": {"tokens": 204_800, "batch_tokens": 2048, "device_rows": 8, "conversations": 3_000},
+        "base": {"depth": 4, "width": 128, "heads": 1, "context": 256, "row": 160, "tokens": 3_072_000, "batch_tokens": 3840, "device_rows": 24,
+                 "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.25, "echo_length": 32,
+                 "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
+        "mid": {"tokens": 1_433_600, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.6,
+                "eval_every": 100, "conversations": 12_000},
+        "sft": {"tokens": 204_800, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "conversations": 3_000},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour
@@ -160,7 +162,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 PRESETS["demo"] = {  # tiny cut to seconds: for tests, and to see whether everything works
     "data": {"corpus": "tinyworld", "shards": 1},
     "tokenizer": {"vocab_size": 512, "max_chars": 300_000},
-    "base": PRESETS["tiny"]["base"] | {"depth": 2, "width": 64, "heads": 2, "tokens": 40_960, "batch_tokens": 2048, "device_rows": 8,
+    "base": PRESETS["tiny"]["base"] | {"depth": 2, "width": 64, "row": 0, "tokens": 40_960, "batch_tokens": 2048, "device_rows": 8, "echo_tokens": 8192,
                                        "eval_every": 10, "eval_tokens": 4096, "sample_every": 10, "save_every": 10},
     "mid": {"tokens": 20_480, "conversations": 300},
     "sft": {"tokens": 10_240, "conversations": 150},

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GPU_PEAKS', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'peak_flops', 'in_notebook',
            'draw_curves', 'Progress', 'StopRequest', 'Stopped', 'estimate_seconds', 'estimate_bytes', 'memory_used',
-           'describe_machine', 'Trainer', 'pause', 'advance', 'train', 'read_deadline', 'announce', 'process_group',
-           'run_worker', 'launch', 'follow_process', 'load_model']
+           'describe_machine', 'row_length', 'compute_precision', 'Trainer', 'pause', 'advance', 'train',
+           'read_deadline', 'announce', 'process_group', 'run_worker', 'launch', 'follow_process', 'load_model']
 
-# %% ../nbs/50_train.ipynb #b4991f59
+# %% ../nbs/50_train.ipynb #a54520bf
 import importlib
 import json
 import os
@@ -30,14 +30,14 @@ import torch.distributed as dist
 
 from .bpb import bits_per_byte
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .common import Ranks, UserError, format_bytes, format_count, format_seconds, get_device, get_ranks
+from .common import Ranks, UserError, fast_dtype, format_bytes, format_count, format_seconds, get_device, get_ranks
 from .dataloader import RowLoader
 from .gpt import GPT, GPTConfig
 from .optim import Optimizer, ParamGroup, lr_schedule, muon_momentum
 from .run import Run
 from .tokenizer import Tokenizer
 
-# %% ../nbs/50_train.ipynb #cebc5709
+# %% ../nbs/50_train.ipynb #81d76824
 @dataclass(frozen=True)
 class TrainConfig:
     "What every training stage has in common."
@@ -47,6 +47,7 @@ class TrainConfig:
     processes: int = 0  # ranks to start on this machine; 0: one for each GPU, one on a CPU
     tokens: int = 1_000_000  # how many tokens the stage trains on
     batch_tokens: int = 4096  # tokens of one optimizer step, over all ranks
+    row: int = 0  # tokens of a row; 0: as many as the model can read
     device_rows: int = 16  # rows of one micro-batch on one device
     embedding_lr: float = 0.2  # AdamW, scaled by (width / 768) ** -0.5
     head_lr: float = 0.004  # AdamW, scaled likewise
@@ -61,7 +62,7 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # checkpoints to keep
     seed: int = 1337  # of weights and data order
-    precision: str = "auto"  # float32 or bfloat16 everywhere; auto: bfloat16 on a GPU, and for Muon where it is fast
+    precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is the faster one
     compile: bool = False  # torch.compile: faster steps for half a minute of waiting
 
 # %% ../nbs/50_train.ipynb #e0c488e6
@@ -105,19 +106,20 @@ def accumulate_gradients(
         loss = loss + part.detach()
     return loss
 
-# %% ../nbs/50_train.ipynb #bd133fb4
+# %% ../nbs/50_train.ipynb #4f6809ab
 GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "A10G": 70e12, "4090": 165e12, "V100": 125e12}
 
 
 def peak_flops(
     device: torch.device,  # where the training runs
-    size: int = 1024,  # side of the matrices of the measurement
+    dtype: torch.dtype = torch.float32,  # of the measurement on a CPU
+    size: int = 1024,  # side of its matrices
 ) -> float:  # floating-point operations a second; nan where unknown
-    "Peak speed of one device: a GPU's dense bfloat16 peak from its data sheet, a CPU's measured in float32."
+    "Peak speed of one device: a GPU's dense bfloat16 peak from its data sheet, a CPU's measured."
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for key, peak in GPU_PEAKS.items() if key in name), float("nan"))
-    a = torch.ones(size, size, device=device)
+    a = torch.ones(size, size, device=device, dtype=dtype)
     (a @ a).sum().item()
     best = float("inf")
     for _ in range(5):
@@ -265,7 +267,7 @@ class StopRequest:
 class Stopped(SystemExit):
     "The stage was asked to stop and saved its state; the same command goes on from there. Exit code 3."
 
-# %% ../nbs/50_train.ipynb #886827fe
+# %% ../nbs/50_train.ipynb #f9978b9b
 def estimate_seconds(
     model: torch.nn.Module,  # gradients that the measurement leaves are cleared
     batch: tuple[torch.Tensor, torch.Tensor],  # x, y (B, T) of any tokens
@@ -288,10 +290,9 @@ def estimate_seconds(
 def estimate_bytes(
     config: GPTConfig,  # the model's sizes
     params: int,  # number of parameters
-    rows: int,  # rows of a micro-batch
+    tokens: int,  # tokens of a micro-batch
 ) -> int:  # bytes, without PyTorch itself
     "Predict memory: float32 weights, gradients and two moments, and the activations of one micro-batch."
-    tokens = rows * config.context
     return 16 * params + 4 * tokens * (config.depth * 22 * config.width + 3 * config.vocab_size)
 
 
@@ -308,7 +309,27 @@ def describe_machine(device: torch.device) -> dict[str, Any]:  # JSON-ready
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "system": platform.platform(), "peak_flops": peak_flops(device)}
 
-# %% ../nbs/50_train.ipynb #c039c7f1
+# %% ../nbs/50_train.ipynb #cd72d630
+def row_length(
+    cfg: TrainConfig,
+    model: GPTConfig,
+) -> int:  # tokens of a row of this stage
+    "Rows may be shorter than what the model can read, which is cheaper. Raises `UserError` if they are longer."
+    if cfg.row > model.context:
+        raise UserError(f"rows of {cfg.row} tokens don't fit into a context of {model.context}: --set {cfg.STAGE}.row={model.context}")
+    return cfg.row or model.context
+
+
+def compute_precision(
+    name: str,  # "float32", "bfloat16" or "auto"
+    device: torch.device,
+) -> torch.dtype:  # of the products; weights are always float32
+    "What the forward and backward passes calculate in."
+    if name not in ("float32", "bfloat16", "auto"):
+        raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
+    return fast_dtype(device) if name == "auto" else getattr(torch, name)
+
+# %% ../nbs/50_train.ipynb #e7f109aa
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -325,17 +346,18 @@ class Trainer:
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
-        row_tokens = self.cfg.device_rows * self.model.config.context * self.ranks.world
+        self.row = row_length(self.cfg, self.model.config)
+        row_tokens = self.cfg.device_rows * self.row * self.ranks.world
         if self.cfg.batch_tokens % row_tokens:
-            raise UserError(f"batch_tokens {self.cfg.batch_tokens} must be a multiple of device_rows x context x ranks = {row_tokens}: "
+            raise UserError(f"batch_tokens {self.cfg.batch_tokens} must be a multiple of device_rows x row x ranks = {row_tokens}: "
                             f"--set {self.stage}.batch_tokens={-(-self.cfg.batch_tokens // row_tokens) * row_tokens}")
         self.micro_batches = self.cfg.batch_tokens // row_tokens
         self.steps = max(1, round(self.cfg.tokens / self.cfg.batch_tokens))
         self.step, self.saved, self.seconds = 0, 0, 0.0
         self.optimizer = build_optimizer(self.model, self.cfg, self.ranks)
         self.compute = torch.compile(self.model) if self.cfg.compile else self.model
-        half = self.cfg.precision == "bfloat16" or self.cfg.precision == "auto" and self.device.type == "cuda"
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+        self.dtype = compute_precision(self.cfg.precision, self.device)
+        self.autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         self.directory = self.run.path / self.stage
 
     def log(self, kind: str, **fields: Any) -> None:
@@ -430,14 +452,14 @@ def advance(
           seconds=t.seconds, **numbers)
     progress.update(t.step, numbers["loss"], speed, (t.steps - t.step) * t.seconds / t.step, mfu)
 
-# %% ../nbs/50_train.ipynb #e924f392
+# %% ../nbs/50_train.ipynb #663290aa
 def train(
     t: Trainer,  # what to train on what
 ) -> float:  # bits per byte on validation text at the end
     "Run a stage to its end, or until it is asked to stop; then its state is saved and `Stopped` is raised."
     resumed = t.resume()
     progress = Progress(t.stage, t.steps, t.cfg.batch_tokens, t.floor, quiet=not t.ranks.is_main)
-    peak = peak_flops(t.device) * t.ranks.world
+    peak = peak_flops(t.device, t.dtype) * t.ranks.world
     announce(t, progress, resumed)
     t.model.train()
     with StopRequest(t.run, deadline=read_deadline()) as stop:
@@ -455,7 +477,7 @@ def train(
     t.log("summary", step=t.step, bpb=bpb, seconds=t.seconds, tokens=t.step * t.cfg.batch_tokens, memory=memory_used(), floor=t.floor)
     return bpb
 
-# %% ../nbs/50_train.ipynb #284dbc1d
+# %% ../nbs/50_train.ipynb #7a9912f4
 def read_deadline() -> float | None:  # a time.time(), or None
     "When a job has to end: `NANOCHAT_DEADLINE`, in seconds since 1970, which a job script sets."
     return float(os.environ["NANOCHAT_DEADLINE"]) if os.environ.get("NANOCHAT_DEADLINE") else None
@@ -468,9 +490,9 @@ def announce(
 ) -> None:
     "Say, and record, what the stage will do and what it will cost."
     params, config = t.model.num_params(), t.model.config
-    tokens = torch.randint(config.vocab_size, (t.cfg.device_rows, config.context), device=t.device)
+    tokens = torch.randint(config.vocab_size, (t.cfg.device_rows, t.row), device=t.device)
     seconds = estimate_seconds(t.model, (tokens, tokens), (t.steps - t.step) * t.micro_batches, t.autocast)
-    memory = estimate_bytes(config, params, t.cfg.device_rows)
+    memory = estimate_bytes(config, params, t.cfg.device_rows * t.row)
     if resumed:
         progress.say(f"{t.stage} goes on from step {t.step}")
     else:
