@@ -15,7 +15,7 @@ from .conversation import parse_reply, plain_text, render_prompt
 from .engine import Engine
 from .tasks import Example, Task
 
-# %% ../nbs/45_chat_eval.ipynb #6157600d
+# %% ../nbs/45_chat_eval.ipynb #89872359
 def wilson_interval(
     right: int,  # right answers
     count: int,  # questions, at least 1
@@ -26,7 +26,7 @@ def wilson_interval(
     middle = p + z * z / (2 * count)
     spread = z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    return max(0.0, min(p, (middle - spread) / scale)), min(1.0, max(p, (middle + spread) / scale))  # rounding must not leave p outside
 
 # %% ../nbs/45_chat_eval.ipynb #943cd93e
 @torch.inference_mode()

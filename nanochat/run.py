@@ -108,17 +108,19 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #9672d413
+# %% ../nbs/48_run.ipynb #f9f1a362
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},
         "tokenizer": {"vocab_size": 2048, "max_chars": 3_000_000},
-        "base": {"depth": 4, "width": 128, "heads": 1, "context": 256, "row": 160, "tokens": 3_072_000, "batch_tokens": 3840, "device_rows": 24,
+        "base": {"depth": 4, "width": 128, "heads": 1, "context": 256, "row": 160, "tokens": 2_496_000, "batch_tokens": 3840, "device_rows": 24,
                  "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.25, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 1_433_600, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.6,
-                "eval_every": 100, "conversations": 12_000},
-        "sft": {"tokens": 204_800, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "conversations": 3_000},
+        "mid": {"tokens": 1_433_600, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
+                "mixture": "spelling=2,arithmetic=1,counting=0.5,facts=0.6,facts_choice=0.3,chat=0.5,repeat=1",
+                "eval_every": 100, "conversations": 30_000},
+        "sft": {"tokens": 1_638_400, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
+                "eval_every": 100, "conversations": 18_000},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour

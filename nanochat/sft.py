@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from .midtrain import train_on_conversations
 from .train import TrainConfig
 
-# %% ../nbs/54_sft.ipynb #9adf15d2
+# %% ../nbs/54_sft.ipynb #31871952
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     "Settings of supervised finetuning."
     STAGE = "sft"
     conversations: int = 3000  # different conversations
     masked: bool = True  # only the assistant's tokens are predicted
+    mixture: str = ""  # weights of kinds of conversations; empty: the world's own
     lr_scale: float = 0.1  # small steps
     cooldown: float = 1.0  # falling from the first step
 
