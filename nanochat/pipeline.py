@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'notebook_dir', 'check_stages', 'stage_parameters', 'StageFailed', 'execute_stage', 'run_pipeline']
 
-# %% ../nbs/58_pipeline.ipynb #3139fbbb
+# %% ../nbs/58_pipeline.ipynb #f14daff7
+import json
 import os
 import re
 import sys
@@ -56,15 +57,17 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #7b1a0d2b
+# %% ../nbs/58_pipeline.ipynb #c7b40af2
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
 
-def _own_kernel(folder: Path) -> None:
-    "A kernel named python3 that is this interpreter."
-    spec = '{"argv": ["%s", "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}'
-    atomic_write(folder / "kernels" / "python3" / "kernel.json", spec % sys.executable.replace("\\", "\\\\"))
+def _own_kernel(folder: Path, log: Path) -> None:
+    "A kernel named python3 that is this interpreter; what its libraries say of themselves goes into a file."
+    start = (f"import os; os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
+             "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
+    spec = {"argv": [sys.executable, "-c", start, "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    atomic_write(folder / "kernels" / "python3" / "kernel.json", json.dumps(spec))
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
 
 
@@ -109,7 +112,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #dbfa4f10
+# %% ../nbs/58_pipeline.ipynb #2e954c99
 def run_pipeline(
     run: str = "tiny",  # the run's name
     preset: str = "tiny",
@@ -128,7 +131,7 @@ def run_pipeline(
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
     with tempfile.TemporaryDirectory() as folder:
-        _own_kernel(Path(folder))
+        _own_kernel(Path(folder), this.path / "notebooks" / "kernel.log")
         for stage in chosen:
             start, name = time.perf_counter(), f"{NOTEBOOKS[stage]}.ipynb"
             print(f"--- {stage}", flush=True)

@@ -14,8 +14,8 @@ __all__ = ['IRREGULAR', 'HEADER', 'SLOT', 'OPENING', 'STORY_KINDS', 'LOG2', 'STA
            'Document', 'write_documents', 'Turn', 'casual', 'polite', 'talk_story', 'talk_reading',
            'talk_reading_choice', 'exam_reading', 'exam_reading_free', 'talk_arithmetic', 'talk_spelling',
            'talk_spelling_real', 'talk_spelling_made', 'talk_counting', 'talk_facts', 'talk_facts_choice', 'talk_chat',
-           'talk_repeat', 'talk_mixed', 'Talk', 'write_conversations', 'Item', 'write_items', 'check_answer', 'Pattern',
-           'compile_pattern', 'find_patterns', 'Reader', 'check_story', 'entropy']
+           'talk_repeat', 'talk_lookup', 'talk_mixed', 'Talk', 'write_conversations', 'Item', 'write_items',
+           'check_answer', 'Pattern', 'compile_pattern', 'find_patterns', 'Reader', 'check_story', 'entropy']
 
 # %% ../nbs/01_tinyworld.ipynb #f2b2afa0
 import itertools
@@ -900,7 +900,7 @@ def talk_counting(writer: Writer) -> list[Turn]:
     user = polite(writer, writer.phrase("ask_count", list=things))
     return [Turn(user, count_aloud(thing, count), str(count))]
 
-# %% ../nbs/01_tinyworld.ipynb #6b18b29b
+# %% ../nbs/01_tinyworld.ipynb #8f577971
 @cache
 def _fact_questions(world: World, name: str, split: str) -> list[tuple[tuple[dict, dict], Sentence]]:
     "The facts of a kind with the ways of asking that a split may use."
@@ -953,11 +953,21 @@ def talk_repeat(writer: Writer) -> list[Turn]:
     source = writer.choose(("real", "made", "number", "sentence"))
     if source == "sentence":
         writer.cast_story()
-        text = writer.say(writer.plot("scene")[-1].choices)
+        beats = {name: None for plots in writer.world.plots["scene"].values() for plot in plots for name, _ in plot}
+        text = writer.say(writer.world.beats[writer.choose(list(beats))].choices)
     else:
         count = writer.choose(range(1, 7))
         text = " ".join([str(writer.choose(range(1, 100))) if source == "number" else draw_word(writer, source) for _ in range(count)])
     return [Turn(writer.phrase("ask_repeat", text=text), text, text)]
+
+
+def talk_lookup(writer: Writer) -> list[Turn]:
+    "Which letter stands for a word: the second half of answering multiple choice."
+    words = draw_set(writer, word_list(writer.world, writer.choose(("person", "place", "toy", "animal"))), writer.choose((3, 4)), ordered=True)
+    index = writer.choose(range(len(words)))
+    lines = [writer.phrase("ask_letter", text=words[index]), *(f"- {word}={letter}" for word, letter in zip(words, LETTERS)),
+             "Respond only with the letter of the correct answer."]
+    return [Turn("\n".join(lines), LETTERS[index], LETTERS[index], tuple(words))]
 
 
 def talk_mixed(writer: Writer) -> list[Turn]:
@@ -969,12 +979,12 @@ def talk_mixed(writer: Writer) -> list[Turn]:
         turns += topic(writer) if topic else [_chat_turn(writer, writer.choose(list(writer.world.chats)))]
     return turns
 
-# %% ../nbs/01_tinyworld.ipynb #47d6fb37
+# %% ../nbs/01_tinyworld.ipynb #f1490315
 CONVERSATIONS: dict[str, tuple[float, Callable[[Writer], list[Turn]]]] = {  # kind: (weight, how to write it)
     "story": (2, talk_story), "reading": (2, talk_reading), "reading_choice": (4, talk_reading_choice),
     "arithmetic": (2, talk_arithmetic), "spelling": (4, talk_spelling), "counting": (1, talk_counting),
     "facts": (1.2, talk_facts), "facts_choice": (1, talk_facts_choice), "chat": (1, talk_chat), "repeat": (0.5, talk_repeat),
-    "mixed": (0.6, talk_mixed)}
+    "lookup": (0.8, talk_lookup), "mixed": (0.6, talk_mixed)}
 
 
 class Talk(NamedTuple):
