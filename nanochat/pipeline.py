@@ -112,7 +112,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #2e954c99
+# %% ../nbs/58_pipeline.ipynb #512b0e4a
 def run_pipeline(
     run: str = "tiny",  # the run's name
     preset: str = "tiny",
@@ -127,6 +127,8 @@ def run_pipeline(
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}: nanochat run --preset tiny")
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
+    if corpus and corpus.startswith("folder:"):  # kernels run in another directory
+        corpus = f"folder:{Path(corpus.removeprefix('folder:')).expanduser().resolve()}"
     (this.path / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
