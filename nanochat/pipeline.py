@@ -57,14 +57,14 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #c7b40af2
+# %% ../nbs/58_pipeline.ipynb #e2e5f700
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
 
 def _own_kernel(folder: Path, log: Path) -> None:
     "A kernel named python3 that is this interpreter; what its libraries say of themselves goes into a file."
-    start = (f"import os; os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
+    start = (f"import os; os.dup2(os.open({str(log.absolute())!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
              "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
     spec = {"argv": [sys.executable, "-c", start, "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
     atomic_write(folder / "kernels" / "python3" / "kernel.json", json.dumps(spec))
@@ -101,7 +101,7 @@ def execute_stage(
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False,
-                                   stdout_file=_Lines(), stderr_file=None, autosave_cell_every=10, cwd=str(source.parent), coalesce_streams=True)
+                                   stdout_file=_Lines(), stderr_file=None, autosave_cell_every=10, coalesce_streams=True)
     except papermill.PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(error.evalue) from None
@@ -112,7 +112,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #512b0e4a
+# %% ../nbs/58_pipeline.ipynb #2e954c99
 def run_pipeline(
     run: str = "tiny",  # the run's name
     preset: str = "tiny",
@@ -127,8 +127,6 @@ def run_pipeline(
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}: nanochat run --preset tiny")
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
-    if corpus and corpus.startswith("folder:"):  # kernels run in another directory
-        corpus = f"folder:{Path(corpus.removeprefix('folder:')).expanduser().resolve()}"
     (this.path / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
