@@ -39,6 +39,16 @@ def test_before_anything_is_trained(tmp_path):
         assert result.stderr.count("\n") == 1
 
 
+def test_relative_paths_mean_the_callers_directory(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.txt").write_text("".join(f"Line {i} of {name}: the cat sat on mat number {i * i}.\n\n" for i in range(3000)))
+    result = nanochat("mine", "run", "--preset", "demo", "--run", "r", "--corpus", "folder:texts", "--vocab-size", "300", "--stages", "tokenizer",
+                      cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "mine" / "runs" / "r" / "tokenizer").is_dir()
+
+
 def test_demo_runs_all_stages(base, demo, monkeypatch):
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert demo.stdout.split("--- report took")[1].count("\n> ") == 3
