@@ -197,7 +197,7 @@ class _RowMaker:
             self.ahead.start()
         return read_rows(path)
 
-# %% ../nbs/13_dataloader.ipynb #3eaadb96
+# %% ../nbs/13_dataloader.ipynb #3b785069
 class Echo(NamedTuple):
     "Which rows of a training say their beginning again and again, so that a model learns to copy."
     first: int = 0  # rows, from the start of the training, that all do
@@ -210,13 +210,16 @@ class Echo(NamedTuple):
 
 
 def add_echo(
-    row: np.ndarray,  # (N,) token ids
-    length: int,  # tokens
-) -> np.ndarray:  # (N,)
-    "The beginning of a row, again and again."
-    return np.resize(row[:length], len(row))
+    ids: np.ndarray,  # (N,) tokens of a row
+    counted: np.ndarray,  # (N,) bool: which of them are to be predicted
+    length: int,  # tokens that are said again
+) -> tuple[np.ndarray, np.ndarray]:  # the same for a row that says its beginning again and again
+    "Say the beginning of a row again and again; that it starts again, in the middle of a sentence, is not to be predicted."
+    ids, counted = np.resize(ids[:length], len(ids)), np.resize(counted[:length], len(ids))
+    counted[length::length] = False
+    return ids, counted
 
-# %% ../nbs/13_dataloader.ipynb #77b505db
+# %% ../nbs/13_dataloader.ipynb #aba02d1e
 class RowLoader:
     "Endless batches of rows; `position` counts the rows that all ranks together have used."
 
@@ -228,10 +231,12 @@ class RowLoader:
         device: torch.device | str = "cpu",
         position: int = 0,  # rows already used, a multiple of `rows_per_batch`
         shuffle_seed: int | None = None,  # None: in order
-        echo: Echo = Echo(),  # which rows say their beginning again; not for rows with a mask
+        echo: Echo = Echo(),  # which rows say their beginning again
         prefetch: int = 2,  # batches prepared in advance
     ):
         assert rows_per_batch % ranks.world == 0, "every rank takes the same number of rows"
+        if echo.length < 1:
+            raise UserError(f"an echo of {echo.length} tokens can't be said again: --set base.echo_length={Echo().length}")
         self.store, self.rows, self.ranks, self.device = store, rows_per_batch, ranks, torch.device(device)
         self.seed, self.echo, self.prefetch = shuffle_seed, echo, prefetch
         self._position, self.epoch, self.worker = position, 0, None
@@ -264,20 +269,24 @@ class RowLoader:
             self._order_now = np.random.default_rng((self.seed, part, epoch)).permutation(len(self.store.part(part)[0]))
         return self._order_now
 
+    def row(self, position: int) -> tuple[np.ndarray, np.ndarray, int]:
+        "The row of a position: tokens (T + 1,) int64, which of them are to be predicted, and the epoch."
+        part, row, epoch = self.locate(position)
+        ids, mask = self.store.part(part)
+        ids = ids[row].astype(np.int64)
+        counted = np.ones(len(ids), bool) if mask is None else np.array(mask[row])
+        if self.echo.has(position):
+            ids, counted = add_echo(ids, counted, self.echo.length)
+        return ids, counted, epoch
+
     def batch(self, position: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         "This rank's rows of the batch at a position: x, y (B, T), and the epoch."
         share = self.rows // self.ranks.world
         first = position + self.ranks.rank * share
-        where = [self.locate(first + i) for i in range(share)]
-        ids = np.stack([self.store.part(part)[0][row] for part, row, _ in where]).astype(np.int64)
-        for i in range(share):
-            if self.echo.has(first + i):
-                ids[i] = add_echo(ids[i], self.echo.length)
-        y = torch.from_numpy(ids[:, 1:].copy())
-        for i, (part, row, _) in enumerate(where):
-            if (mask := self.store.part(part)[1]) is not None:
-                y[i].masked_fill_(torch.from_numpy(~np.array(mask[row, 1:])), -1)
-        return torch.from_numpy(ids[:, :-1].copy()), y, where[-1][2]
+        ids, counted, epochs = zip(*map(self.row, range(first, first + share)))
+        ids = torch.from_numpy(np.stack(ids))
+        counted = torch.from_numpy(np.stack(counted))
+        return ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(~counted[:, 1:], -1), epochs[-1]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from .common import UserError
 
-# %% ../nbs/01_tinyworld.ipynb #b5e2d3c7
+# %% ../nbs/01_tinyworld.ipynb #3a83d43d
 IRREGULAR = {"mouse": "mice", "goose": "geese", "leaf": "leaves", "fish": "fish", "box": "boxes", "scarf": "scarves"}
 
 
@@ -65,19 +65,15 @@ def capital(
 
 def make_record(
     word: str,  # "barn"
-    columns: dict[str, str],  # {"at": "in", "thing*": "ladder, haystack"}; a star marks several words
-) -> dict[str, str | list[str]]:  # every form that a sentence can ask for
+    columns: dict[str, str],  # {"kind": "owl", "sound": "hooted"}
+) -> dict[str, str]:  # every form that a sentence can ask for
     "All forms of a word: itself, with an article, plural, its columns, and each of these with a capital."
     record = {"": word, "a": article(word), "s": plural(word)}
     for column, value in columns.items():
-        if column.endswith("*"):
-            record[column[:-1]] = value.split(", ")
-        else:
-            record |= {column: value, f"a.{column}": article(value)}
-    capitals = {f"^{form}": capital(text) for form, text in record.items() if isinstance(text, str)}
-    return record | capitals
+        record |= {column: value, f"a.{column}": article(value)}
+    return record | {f"^{form}": capital(text) for form, text in record.items()}
 
-# %% ../nbs/01_tinyworld.ipynb #82c2358d
+# %% ../nbs/01_tinyworld.ipynb #d3f9aed3
 HEADER = re.compile(r"(table|cast|shared|story|scene|dialogue|plot|beat|questions|facts|phrases|chat)\b ?(.*)")
 
 
@@ -116,8 +112,7 @@ def read_table(
         words, *values = line.split(" | ")
         if len(values) != len(names):
             raise UserError(f"table {name!r} has the columns {names}, but this row has {len(values)}: {line!r}")
-        parts = [words.split(", ") for words in words.split(" + ")]  # "apple, plum + pie, cake" makes four words
-        records += [make_record(" ".join(word), dict(zip(names, values))) for word in itertools.product(*parts)]
+        records += [make_record(word, dict(zip(names, values))) for word in words.split(", ")]
     return name, records
 
 # %% ../nbs/01_tinyworld.ipynb #cb7c2939
@@ -156,13 +151,12 @@ def parse_template(
         last = match.end()
     return [piece for piece in (*pieces, template[last:]) if piece]
 
-# %% ../nbs/01_tinyworld.ipynb #ba0a7b15
+# %% ../nbs/01_tinyworld.ipynb #aaa3cf54
 class Sentence(NamedTuple):
     "A template, ready for use."
     format: str  # with %(key)s for each slot
     roles: tuple[str, ...]  # the parts that it mentions
     draws: tuple[tuple[str, list[str], int], ...]  # (key, options, their number) for each slot that draws a word
-    linked: tuple[tuple[str, str], ...]  # (key, form) for slots that draw from a word's own list, such as a place's things
     bits: float  # information of choosing this sentence and of its draws
     pieces: tuple[str | Slot, ...]  # what it was made of
 
@@ -174,7 +168,7 @@ def compile_sentence(
     bits: float,  # information of choosing this template
 ) -> Sentence:
     "Make a template fast to fill."
-    pieces, text, roles, draws, linked = parse_template(template), [], [], [], []
+    pieces, text, roles, draws = parse_template(template), [], [], []
     for i, piece in enumerate(pieces):
         if isinstance(piece, str):
             text.append(piece.replace("%", "%%"))
@@ -192,11 +186,8 @@ def compile_sentence(
             roles.append(name)
             if form not in tables[cast[name]][0]:
                 raise UserError(f"{template!r} asks for {{{name}.{form}}}, but table {cast[name]!r} has no column {form!r}")
-            if isinstance(tables[cast[name]][0][form], list):
-                linked.append((f"#{i}", key))
-                key = f"#{i}"
         text.append(f"%({key})s")
-    return Sentence("".join(text), tuple(dict.fromkeys(roles)), tuple(draws), tuple(linked), bits, tuple(pieces))
+    return Sentence("".join(text), tuple(dict.fromkeys(roles)), tuple(draws), bits, tuple(pieces))
 
 
 def compile_choices(
@@ -319,8 +310,8 @@ def load_world() -> World:
     "The world in `tinyworld.txt`, read on first use."
     return World(world_text())
 
-# %% ../nbs/01_tinyworld.ipynb #e5cda169
-STORY_KINDS = ("lost", "trade", "journey", "repair", "contest", "mystery", "storm")  # the genres in the file
+# %% ../nbs/01_tinyworld.ipynb #ae61a9da
+STORY_KINDS = ("lost", "trade", "journey", "repair", "contest", "storm")  # the genres in the file
 
 # %% ../nbs/01_tinyworld.ipynb #49692f64
 @cache
@@ -347,7 +338,7 @@ def allowed(
     sums = [sum(map(residue, parts_of(option))) for option in options]
     return [[o for o, s in zip(options, sums) if ((s + before) % 10 == 0) == (split == "test")] for before in range(10)]
 
-# %% ../nbs/01_tinyworld.ipynb #9dab90a2
+# %% ../nbs/01_tinyworld.ipynb #193c4dda
 LOG2 = [0.0, *(math.log2(n) for n in range(1, 20_000))]
 
 
@@ -417,8 +408,6 @@ class Writer:
                 self.cast(part)
         for key, options, n in sentence.draws:
             env[key] = options[int(draw() * n)]
-        for key, form in sentence.linked:
-            env[key] = self.choose(env[form])
         return sentence.format % env
 
     def give(self, x: dict, y: dict | None = None) -> None:
@@ -483,9 +472,9 @@ def find_questions(
                 found.append(Question(asked, parts[covered], world.cast[parts[covered]]))
     return tuple(found)
 
-# %% ../nbs/01_tinyworld.ipynb #841cff47
+# %% ../nbs/01_tinyworld.ipynb #61a65070
 WHO = ("person", "pet")  # tables whose words can stand for one another in an answer
-REPLIES = {"place": "{x.At} the {x}.", "toy": "The {x}.", "weather": "{x.Adj}."}  # how to answer with a word of a table
+REPLIES = {"place": "At the {x}.", "toy": "The {x}.", "weather": "{x.Adj}."}  # how to answer with a word of a table
 
 
 class Asked(NamedTuple):
@@ -572,7 +561,7 @@ def make_choices(
     writer.bits += math.log2(math.factorial(n))
     return list_choices(asked.text, choices), choices, LETTERS[choices.index(asked.answer)]
 
-# %% ../nbs/01_tinyworld.ipynb #3943e34d
+# %% ../nbs/01_tinyworld.ipynb #96edfdac
 @cache
 def _spelled(world: World, split: str) -> list[str]:
     "Real words to spell. Those for testing occur nowhere else in the world."
@@ -620,7 +609,7 @@ def everyday_words(
     records = [r for name, rows in world.tables.items() if name not in ("spelled", "syllable", "ending") for r in rows]
     records += [record for kind in world.facts.values() for row in kind.rows for record in row]
     for record in records:
-        texts += [" ".join(form) if isinstance(form, list) else form for key, form in record.items() if key != "s"]
+        texts += [form for key, form in record.items() if key != "s"]
     texts += [record["s"] for name in ("toy", "fruit", "animal", "bird", "flower", "clothes") for record in world.tables[name]]
     return frozenset(re.findall(r"[a-z]+(?:-[a-z]+)*", re.sub(r"\{[^}]*\}", " ", " ".join(texts)).lower()))
 
@@ -1074,7 +1063,7 @@ def check_answer(
         return bool(rows) and re.sub("[^a-z]", "", rows[-1].lower()) == item.answer
     return re.search(rf"\b{re.escape(item.answer.lower())}\b", reply.lower()) is not None
 
-# %% ../nbs/01_tinyworld.ipynb #bb7ae612
+# %% ../nbs/01_tinyworld.ipynb #8e18a35e
 class Pattern(NamedTuple):
     "A sentence, turned around."
     regex: re.Pattern
@@ -1102,8 +1091,7 @@ def compile_pattern(
 @cache
 def _alternatives(world: World, table: str, form: str) -> str:
     "All that a slot may hold, longest first."
-    forms = [record[form] for record in world.tables[table]]
-    words = {word for f in forms for word in (f if isinstance(f, list) else [f])}
+    words = {record[form] for record in world.tables[table]}
     return "|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word))))
 
 
@@ -1116,7 +1104,7 @@ def find_patterns(
     sentences = [(world.beats[name], sentence) for name in beat_names(world, kind) for sentence in {s.pieces: s for s in world.beats[name].choices}.values()]
     return [(beat, compile_pattern(world, sentence)) for beat, sentence in sentences]
 
-# %% ../nbs/01_tinyworld.ipynb #463f1daf
+# %% ../nbs/01_tinyworld.ipynb #fb75fb43
 REASONS = {"has": "{0} does not have the {1}", "at": "{0} is not at the {1}", "lost": "the {1} is not lost", "begin": "the story has no beginning",
            "-has": "{0} already has the {1}", "end": "the story has no ending"}  # why a beat can't come now; others are named
 
@@ -1150,7 +1138,7 @@ class Reader:
         for group, (part, form) in pattern.slots:
             text, table = match[group], self.world.cast[part]
             if part not in players:
-                fitting = [r for r in self.world.tables[table] if text == r[form] or (isinstance(r[form], list) and text in r[form])]
+                fitting = [r for r in self.world.tables[table] if text == r[form]]
                 taken = {player[""] for other, player in players.items() if self.world.cast[other] == table}
                 if len(fitting) != 1:
                     problems.append(f"who or what is {text!r}?")
@@ -1158,7 +1146,7 @@ class Reader:
                     problems.append(f"{fitting[0]['']} can't be two at once")
                 else:
                     players[part] = fitting[0]
-            elif text != (known := players[part][form]) and not (isinstance(known, list) and text in known):
+            elif text != players[part][form]:
                 problems.append(_mismatch(players[part], form, text))
         return players, problems
 
@@ -1207,8 +1195,6 @@ def _mismatch(player: dict, form: str, text: str) -> str:
     "What to say when a part is played by two."
     if form.lstrip("^") in ("he", "him", "his", "girl", "a.girl"):
         return f"{text!r} can't be {player['']}"
-    if isinstance(player[form], list):
-        return f"there is no {text} {player['at']} the {player['']}"
     return f"this was about {player['']}, and now about {text!r}"
 
 # %% ../nbs/01_tinyworld.ipynb #b864df3c
