@@ -14,13 +14,13 @@ from itertools import islice
 from . import tinyworld
 from .common import UserError
 
-# %% ../nbs/42_tasks.ipynb #360aeb91
+# %% ../nbs/42_tasks.ipynb #e63e0f9d
 @dataclass(frozen=True)
 class Example:
     "One question."
     messages: list[dict]  # the conversation so far; it ends with a user's turn
-    answer: str  # the right answer; for multiple choice its letter
-    letters: tuple[str, ...] = ()  # the letters of the choices; empty for an open question
+    answer: str  # the right answer
+    choices: tuple[str, ...] = ()  # replies on offer, one of them right; empty for an open question
     opening: str = ""  # plain text that puts the same question to a model that has not learnt to converse
 
 
@@ -42,20 +42,15 @@ class Task:
     @property
     def is_choice(self) -> bool:
         "Whether this is multiple choice."
-        return bool(self.examples and self.examples[0].letters)
+        return bool(self.examples and self.examples[0].choices)
 
     @property
     def chance(self) -> float:
         "The accuracy of guessing."
-        return sum(1 / len(e.letters) for e in self.examples if e.letters) / max(1, len(self))
+        return sum(1 / len(e.choices) for e in self.examples if e.choices) / max(1, len(self))
 
-# %% ../nbs/42_tasks.ipynb #9932d23a
-WORLD_KINDS = ("reading", "arithmetic", "spelling", "counting", "facts")
-
-
-def _check_item(example: Example, reply: str) -> bool:
-    "Multiple choice: the letter. Anything else is checked in `world_task`, which has the world's own items."
-    return reply.strip().rstrip(".") == example.answer
+# %% ../nbs/42_tasks.ipynb #b7d5a778
+WORLD_KINDS = ("reading", "letters", "arithmetic", "spelling", "counting", "facts")
 
 
 def world_task(
@@ -65,7 +60,7 @@ def world_task(
 ) -> Task:
     "Held-out questions of one kind about the tiny world."
     items = tinyworld.write_items(kind, seed, count, split="test")
-    examples = [Example(item.messages, item.answer, tuple(item.letters)) for item in items]
+    examples = [Example(item.messages, item.answer, tuple(item.choices), item.plain) for item in items]
     known = {id(example): item for example, item in zip(examples, items)}
     return Task(kind, examples, lambda example, reply: tinyworld.check_answer(known[id(example)], reply))
 

@@ -8,11 +8,11 @@ __all__ = ['IRREGULAR', 'HEADER', 'SLOT', 'OPENING', 'STORY_KINDS', 'LOG2', 'STA
            'make_record', 'Section', 'read_sections', 'read_table', 'Slot', 'expand_brackets', 'parse_template',
            'Sentence', 'compile_sentence', 'compile_choices', 'Fact', 'read_facts', 'Beat', 'FactKind', 'Chat', 'World',
            'beat_names', 'world_text', 'load_world', 'residue', 'is_held_out', 'allowed', 'Writer', 'Question',
-           'find_questions', 'Asked', 'ask_question', 'word_list', 'draw_set', 'list_choices', 'make_choices',
-           'draw_word', 'spell', 'everyday_words', 'word_types', 'number_pairs', 'draw_sum', 'draw_things',
-           'count_aloud', 'write_story', 'write_dialogue', 'write_scene', 'write_questions', 'write_facts',
-           'write_counting', 'write_arithmetic', 'write_spelling', 'Document', 'write_documents', 'Turn', 'casual',
-           'polite', 'talk_story', 'talk_reading', 'talk_reading_choice', 'exam_reading', 'exam_reading_free',
+           'find_questions', 'Asked', 'ask_question', 'word_list', 'draw_set', 'list_choices', 'draw_choices',
+           'make_choices', 'draw_word', 'spell', 'everyday_words', 'word_types', 'number_pairs', 'draw_sum',
+           'draw_things', 'count_aloud', 'write_story', 'write_dialogue', 'write_scene', 'write_questions',
+           'write_facts', 'write_counting', 'write_arithmetic', 'write_spelling', 'Document', 'write_documents', 'Turn',
+           'casual', 'polite', 'talk_story', 'talk_reading', 'talk_reading_choice', 'exam_reading', 'exam_letters',
            'talk_arithmetic', 'talk_spelling', 'talk_spelling_real', 'talk_spelling_made', 'talk_counting',
            'talk_facts', 'talk_facts_choice', 'talk_chat', 'talk_repeat', 'talk_lookup', 'talk_mixed', 'Talk',
            'write_conversations', 'Item', 'write_items', 'check_answer', 'Pattern', 'compile_pattern', 'find_patterns',
@@ -472,18 +472,22 @@ def find_questions(
                 found.append(Question(asked, parts[covered], world.cast[parts[covered]]))
     return tuple(found)
 
-# %% ../nbs/01_tinyworld.ipynb #61a65070
+# %% ../nbs/01_tinyworld.ipynb #08656164
 WHO = ("person", "pet")  # tables whose words can stand for one another in an answer
-REPLIES = {"place": "At the {x}.", "toy": "The {x}.", "weather": "{x.Adj}."}  # how to answer with a word of a table
+REPLIES = {"place": "At the {}.", "toy": "The {}."}  # how to answer with a word of a table
 
 
 class Asked(NamedTuple):
     "A question that has been put into words."
     text: str
     answer: str  # the right answer, as a choice names it
-    reply: str  # the same as a sentence
     rivals: list[str]  # wrong answers that the text mentions
     others: list[str]  # wrong answers that it does not
+    form: str = "{}."  # what to put around an answer
+
+    def reply(self, answer: str) -> str:
+        "An answer as a sentence."
+        return capital(self.form.format(answer))
 
 
 def ask_question(
@@ -497,8 +501,7 @@ def ask_question(
     mentioned = [world.tables[t][i][form] for t in (WHO if table in WHO else (table,)) for i in writer.used.get(t, ())]
     rivals = [word for word in mentioned if word != answer]
     others = [word for word in word_list(world, table, form) if word not in mentioned]
-    reply = REPLIES.get(table, "{x}.").replace("{x", "{" + part)
-    return Asked(_sentence(world, question.template).format % env, answer, _sentence(world, reply).format % env, rivals, others)
+    return Asked(_sentence(world, question.template).format % env, answer, rivals, others, REPLIES.get(table, "{}."))
 
 
 @cache
@@ -516,7 +519,7 @@ def word_list(
     "The words of a table."
     return [record[form] for record in world.tables[table]]
 
-# %% ../nbs/01_tinyworld.ipynb #6f6ed2b4
+# %% ../nbs/01_tinyworld.ipynb #1556197b
 LETTERS = "ABCD"
 
 
@@ -546,11 +549,11 @@ def list_choices(
     return "\n".join([question, *(f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS))])
 
 
-def make_choices(
+def draw_choices(
     writer: Writer,
     asked: Asked,
-) -> tuple[str, list[str], str]:  # the question with its choices, the choices, the right letter
-    "Turn a question into multiple choice with three or four choices."
+) -> list[str]:
+    "The answer and two or three wrong ones, in any order; first those that the text mentions."
     n = writer.choose((3, 4))
     wrong = draw_set(writer, asked.rivals, min(n - 1, len(asked.rivals)))
     wrong += draw_set(writer, asked.others, n - 1 - len(wrong))
@@ -559,7 +562,16 @@ def make_choices(
         j = int(writer.random() * (i + 1))
         choices[i], choices[j] = choices[j], choices[i]
     writer.bits += math.log2(math.factorial(n))
-    return list_choices(asked.text, choices), choices, LETTERS[choices.index(asked.answer)]
+    return choices
+
+
+def make_choices(
+    writer: Writer,
+    asked: Asked,
+) -> tuple[str, list[str], str]:  # the question with its choices, their letters, the right letter
+    "Turn a question into multiple choice."
+    choices = draw_choices(writer, asked)
+    return list_choices(asked.text, choices), list(LETTERS[:len(choices)]), LETTERS[choices.index(asked.answer)]
 
 # %% ../nbs/01_tinyworld.ipynb #96edfdac
 @cache
@@ -674,7 +686,7 @@ def count_aloud(
     "Count, then say the number."
     return ", ".join(map(str, range(1, count + 1))) + (f". There are {count} {thing['s']}." if count > 1 else f". There is 1 {thing['']}.")
 
-# %% ../nbs/01_tinyworld.ipynb #b8fb9f80
+# %% ../nbs/01_tinyworld.ipynb #38362b6c
 def write_story(writer: Writer) -> str:
     "A story."
     writer.cast_story()
@@ -707,7 +719,7 @@ def write_questions(writer: Writer) -> str:
             text, _, letter = make_choices(writer, asked)
             lines.append(f"Question: {text}\nAnswer: {letter}")
         else:
-            lines.append(f"Question: {asked.text}\nAnswer: {asked.reply}")
+            lines.append(f"Question: {asked.text}\nAnswer: {asked.reply(asked.answer)}")
     return "\n".join(lines)
 
 
@@ -797,13 +809,14 @@ def write_documents(
     for kind, text, bits in _write(writer, kinds, DOCUMENTS):
         yield Document(text, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #11f304b4
+# %% ../nbs/01_tinyworld.ipynb #758c5e42
 class Turn(NamedTuple):
     "A question and its answer."
     user: str
     reply: str | list[dict]  # text, or parts with tool calls
     answer: str = ""  # what has to be in the reply
-    choices: tuple[str, ...] = ()  # of multiple choice
+    choices: tuple[str, ...] = ()  # replies to choose from, in multiple choice
+    plain: str = ""  # the question as a document puts it, for a model that has not learnt to converse
 
 
 def casual(
@@ -841,11 +854,11 @@ def _talk_reading(writer: Writer, kinds: tuple[str, ...], most: int, choice: boo
     questions = find_questions(writer.world, tuple(beat.name for beat in beats))
     for question in draw_set(writer, questions, writer.choose(range(1, min(most, len(questions)) + 1)), ordered=True):
         asked = ask_question(writer, question)
-        text, choices, letter = make_choices(writer, asked) if choice else (asked.text, (), "")
+        text, letters, letter = make_choices(writer, asked) if choice else (asked.text, (), "")
         if choice:
             text += LETTER_ONLY
         user = text if turns else writer.phrase("read_story", story=story, question=text)
-        turns.append(Turn(user, letter or asked.reply, letter or asked.answer, tuple(choices)))
+        turns.append(Turn(user, letter or asked.reply(asked.answer), letter or asked.answer, tuple(letters)))
     return turns
 
 
@@ -860,13 +873,17 @@ def talk_reading_choice(writer: Writer) -> list[Turn]:
 
 
 def exam_reading(writer: Writer) -> list[Turn]:
-    "One multiple-choice question about a story."
+    "A question about a story, with the replies to choose from."
+    story, beats = write_scene(writer, "story")
+    asked = ask_question(writer, writer.choose(find_questions(writer.world, tuple(beat.name for beat in beats))))
+    user = writer.phrase("read_story", story=story, question=asked.text)
+    replies = tuple(map(asked.reply, draw_choices(writer, asked)))
+    return [Turn(user, asked.reply(asked.answer), asked.answer, replies, f"{story}\nQuestion: {asked.text}\nAnswer:")]
+
+
+def exam_letters(writer: Writer) -> list[Turn]:
+    "The same with the choices and their letters in the question."
     return _talk_reading(writer, ("story",), 1, choice=True)
-
-
-def exam_reading_free(writer: Writer) -> list[Turn]:
-    "One free question about a story."
-    return _talk_reading(writer, ("story",), 1, choice=False)
 
 # %% ../nbs/01_tinyworld.ipynb #b31499b5
 def talk_arithmetic(writer: Writer) -> list[Turn]:
@@ -909,7 +926,7 @@ def talk_counting(writer: Writer) -> list[Turn]:
     user = polite(writer, writer.phrase("ask_count", list=things))
     return [Turn(user, count_aloud(thing, count), str(count))]
 
-# %% ../nbs/01_tinyworld.ipynb #7ef50773
+# %% ../nbs/01_tinyworld.ipynb #c977f8ec
 @cache
 def _fact_questions(world: World, name: str, split: str) -> list[tuple[tuple[dict, dict], Sentence]]:
     "The facts of a kind with the ways of asking that a split may use."
@@ -925,19 +942,19 @@ def _ask_fact(writer: Writer) -> Asked:
     writer.give(thing, answer)
     rows = writer.world.facts[name].rows
     others = dict.fromkeys(y[""] for _, y in rows if y[""] != answer[""] and (thing[""], y[""]) not in [(a[""], b[""]) for a, b in rows])
-    return Asked(sentence.format % writer.env, answer[""], answer["^"] + ".", [], list(others))
+    return Asked(sentence.format % writer.env, answer[""], [], list(others))
 
 
 def talk_facts(writer: Writer) -> list[Turn]:
     "A simple fact."
     asked = _ask_fact(writer)
-    return [Turn(polite(writer, asked.text), asked.reply, asked.answer)]
+    return [Turn(polite(writer, asked.text), asked.reply(asked.answer), asked.answer)]
 
 
 def talk_facts_choice(writer: Writer) -> list[Turn]:
     "A simple fact, as multiple choice."
-    text, choices, letter = make_choices(writer, _ask_fact(writer))
-    return [Turn(text + LETTER_ONLY, letter, letter, tuple(choices))]
+    text, letters, letter = make_choices(writer, _ask_fact(writer))
+    return [Turn(text + LETTER_ONLY, letter, letter, tuple(letters))]
 
 
 def _chat_turn(writer: Writer, topic: str) -> Turn:
@@ -974,7 +991,7 @@ def talk_lookup(writer: Writer) -> list[Turn]:
     words = draw_set(writer, word_list(writer.world, writer.choose(("person", "place", "toy", "animal"))), writer.choose((3, 4)), ordered=True)
     index = writer.choose(range(len(words)))
     user = list_choices(writer.phrase("ask_letter", text=words[index]), words) + LETTER_ONLY
-    return [Turn(user, LETTERS[index], LETTERS[index], tuple(words))]
+    return [Turn(user, LETTERS[index], LETTERS[index], tuple(LETTERS[:len(words)]))]
 
 
 def talk_mixed(writer: Writer) -> list[Turn]:
@@ -1014,9 +1031,9 @@ def write_conversations(
                     for role, content in (("user", turn.user), ("assistant", turn.reply))]
         yield Talk(messages, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #c5a59c7c
+# %% ../nbs/01_tinyworld.ipynb #8a8b7479
 ITEMS: dict[str, Callable[[Writer], list[Turn]]] = {  # kind: how to write one
-    "reading": exam_reading, "reading_free": exam_reading_free, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
+    "reading": exam_reading, "letters": exam_letters, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
     "spelling_real": talk_spelling_real, "spelling_made": talk_spelling_made, "counting": talk_counting,
     "facts": talk_facts, "facts_choice": talk_facts_choice}
 
@@ -1025,9 +1042,9 @@ class Item(NamedTuple):
     "A question with its answer."
     messages: list[dict]  # ends with a user's turn
     answer: str  # a letter, a number, a word
-    choices: list[str]  # empty unless multiple choice
-    letters: list[str]  # one for each choice
+    choices: list[str]  # replies to choose from; empty unless multiple choice
     kind: str  # one of ITEMS
+    plain: str  # the question as a document puts it; empty if documents have no such question
 
 
 def write_items(
@@ -1044,7 +1061,7 @@ def write_items(
     for _ in range(n):
         writer.begin()
         turn = ITEMS[kind](writer)[0]
-        items.append(Item([{"role": "user", "content": turn.user}], turn.answer, list(turn.choices), list(LETTERS[:len(turn.choices)]), kind))
+        items.append(Item([{"role": "user", "content": turn.user}], turn.answer, list(turn.choices), kind, turn.plain))
     return items
 
 
@@ -1053,7 +1070,7 @@ def check_answer(
     reply: str,  # what a model said, as plain text
 ) -> bool:
     "Whether a reply is right: its letter, its last number, its last row of letters, or the word that it has to contain."
-    if item.letters:
+    if item.answer in tuple(LETTERS):
         return reply.strip().rstrip(".") == item.answer
     if item.kind in ("arithmetic", "counting"):
         numbers = re.findall(r"-?\d+", reply)

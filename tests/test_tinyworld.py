@@ -116,12 +116,14 @@ def test_items_know_their_answers(kind: str):
         assert not check_answer(item, "") and not check_answer(item, "I do not know that.")
         right = " ".join(item.answer) if kind.startswith("spelling") else item.answer
         assert check_answer(item, right)
-        if item.letters:
-            assert len(item.letters) == len(item.choices) == len(set(item.choices)) >= 3
-            assert not any(check_answer(item, letter) for letter in item.letters if letter != item.answer)
-            assert all(f"- {choice}={letter}\n" in item.messages[-1]["content"] for choice, letter in zip(item.choices, item.letters))
-    if items[0].letters:
-        counts = Counter(items.answer for items in write_items(kind, 1, 3000) if len(items.letters) == 4)
+        if item.choices:
+            assert 3 <= len(item.choices) == len(set(item.choices)) <= 4
+            assert sum(check_answer(item, choice) for choice in item.choices) == 1
+        if item.answer in tuple("ABCD"):
+            assert all(f"={letter}\n" in item.messages[-1]["content"] for letter in item.choices)
+    if items[0].choices:
+        counts = Counter(item.choices.index(right) for item in write_items(kind, 1, 3000) if len(item.choices) == 4
+                         for right in item.choices if check_answer(item, right))
         assert max(counts.values()) < 1.3 * min(counts.values())
 
 
