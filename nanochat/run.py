@@ -109,8 +109,8 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #1dc30288
-EXERCISES = "spelling=3,arithmetic=1,counting=0.5,facts=0.6,facts_choice=0.3,chat=0.5,repeat=1,lookup=1.5"  # short conversations
+# %% ../nbs/48_run.ipynb #f9bc5124
+EXERCISES = "spelling=3.5,arithmetic=1,counting=1.5,facts=0.6,facts_choice=0.3,chat=0.5,repeat=1"  # short conversations
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},

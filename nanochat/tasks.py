@@ -49,8 +49,8 @@ class Task:
         "The accuracy of guessing."
         return sum(1 / len(e.choices) for e in self.examples if e.choices) / max(1, len(self))
 
-# %% ../nbs/42_tasks.ipynb #b7d5a778
-WORLD_KINDS = ("reading", "letters", "arithmetic", "spelling", "counting", "facts")
+# %% ../nbs/42_tasks.ipynb #9ba91476
+WORLD_KINDS = ("reading", "choice", "arithmetic", "spelling", "counting", "facts")
 
 
 def world_task(
