@@ -109,27 +109,27 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #f9bc5124
-EXERCISES = "spelling=3.5,arithmetic=1,counting=1.5,facts=0.6,facts_choice=0.3,chat=0.5,repeat=1"  # short conversations
+# %% ../nbs/48_run.ipynb #8f1a90b3
+EXERCISES = "spelling=3.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # short conversations
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},
         "tokenizer": {"vocab_size": 2048, "max_chars": 3_000_000},
         "base": {"depth": 4, "width": 128, "heads": 1, "context": 256, "row": 160, "tokens": 2_496_000, "batch_tokens": 3840, "device_rows": 24,
-                 "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.25, "echo_length": 32,
+                 "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.1, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 1_843_200, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
+        "mid": {"tokens": 1_966_080, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
                 "mixture": EXERCISES,
                 "eval_every": 100, "conversations": 30_000},
-        "sft": {"tokens": 2_457_600, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
-                "eval_every": 100, "conversations": 26_000},
+        "sft": {"tokens": 2_949_120, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
+                "eval_every": 100, "conversations": 32_000},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour
         "data": {"corpus": "tinyworld", "shards": 16},
         "tokenizer": {"vocab_size": 2048, "max_chars": 10_000_000},
         "base": {"depth": 6, "width": 256, "heads": 2, "context": 256, "tokens": 6_000_000, "batch_tokens": 8192, "device_rows": 16,
-                 "cooldown": 0.4, "echo_tokens": 983_040, "echo_part": 0.25, "echo_length": 32,
+                 "cooldown": 0.4, "echo_tokens": 983_040, "echo_part": 0.1, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 80_000, "sample_every": 200, "save_every": 100},
         "mid": {"tokens": 2_000_000, "cooldown": 0.3, "masked": True, "mixture": EXERCISES, "conversations": 40_000},
         "sft": {"tokens": 2_000_000, "lr_scale": 1.0, "conversations": 20_000},

@@ -573,15 +573,14 @@ def make_choices(
     lines = letter_lines(choices)
     return "\n".join([asked.text, *lines]), lines, lines[choices.index(asked.answer)]
 
-# %% ../nbs/01_tinyworld.ipynb #c4fa2e95
+# %% ../nbs/01_tinyworld.ipynb #9ad1b01e
 @cache
 def _spelled(world: World, split: str) -> list[str]:
     "Real words to spell. Those for testing occur nowhere else in the world."
     words = word_list(world, "spelled")
     if split == "train":
-        names = {word.lower() for table in world.tables for word in word_list(world, table) if not word.islower()}
-        words = dict.fromkeys([*words, *sorted(everyday_words(world) - names)])
-        return [word for word in words if word.isalpha() and len(word) > 2 and not is_held_out(word)]
+        short = sorted(word for word in everyday_words(world) if 3 <= len(word) <= 5)  # "day" is a piece of "daylight"
+        return [word for word in (*words, *short) if word.isalpha() and not is_held_out(word)]
     return [word for word in words if is_held_out(word) and word not in everyday_words(world)]
 
 
