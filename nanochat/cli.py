@@ -33,10 +33,10 @@ def _source(source: str | None) -> str | None:
         raise UserError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}: --source sft")
     return source
 
-# %% ../nbs/65_cli.ipynb #37312896
+# %% ../nbs/65_cli.ipynb #90ec39b3
 @app.command()
 def run(
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "tiny",
+    preset: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRESETS)}; default: the run's own, tiny for a new one.")] = None,  # noqa: UP045
     name: Annotated[Optional[str], typer.Option("--run", help="The run's name; default: the preset's.")] = None,  # noqa: UP045
     stages: Annotated[Optional[str], typer.Option(help="Some of tokenizer,base,mid,sft,eval,report; default: all.")] = None,  # noqa: UP045
     corpus: Annotated[Optional[str], typer.Option(help="tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH.")] = None,  # noqa: UP045
@@ -52,7 +52,7 @@ def run(
     from nanochat.pipeline import run_pipeline
 
     start = time.perf_counter()
-    this = run_pipeline(name or preset, preset, _split(stages), corpus, {"depth": depth, "width": width, "vocab_size": vocab_size},
+    this = run_pipeline(name or preset or "tiny", preset, _split(stages), corpus, {"depth": depth, "width": width, "vocab_size": vocab_size},
                         read_settings(set_ or [], _configs()))
     if this.furthest() in ("mid", "sft", "rl"):
         show_exchanges(this)

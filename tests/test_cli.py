@@ -47,6 +47,8 @@ def test_relative_paths_mean_the_callers_directory(tmp_path):
                       cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "mine" / "runs" / "r" / "tokenizer").is_dir()
+    again = nanochat("mine", "run", "--run", "r", "--stages", "tokenizer", cwd=tmp_path)  # a run remembers its preset, corpus and shape
+    assert again.returncode == 0 and "is complete" in again.stdout, again.stdout + again.stderr
 
 
 def test_demo_runs_all_stages(base, demo, monkeypatch):
