@@ -6,7 +6,7 @@
 __all__ = ['NOTEBOOKS', 'notebook_dir', 'check_stages', 'stage_parameters', 'StageFailed', 'execute_stage', 'merge_choices',
            'run_pipeline']
 
-# %% ../nbs/58_pipeline.ipynb #f14daff7
+# %% ../nbs/58_pipeline.ipynb #930ec0fb
 import json
 import os
 import re
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, atomic_write, format_seconds
+from .common import UserError, atomic_write, disk_error, format_seconds
 from .run import PRESETS, Run
 
 # %% ../nbs/58_pipeline.ipynb #679ca14d
@@ -58,7 +58,7 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #e2e5f700
+# %% ../nbs/58_pipeline.ipynb #d76dd7c3
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
@@ -110,6 +110,8 @@ def execute_stage(
             raise Stopped(3) from None
         plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
         raise StageFailed(f"{plain}\n{source.name} failed; the executed notebook is {target}") from None
+    except OSError as error:
+        raise disk_error(error, target) from error
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'SOURCES', 'FREE_SETTINGS', 'EXERCISES', 'PRESETS', 'Run', 'list_runs', 'find_run', 'make_config',
            'read_settings']
 
-# %% ../nbs/48_run.ipynb #a5867ff7
+# %% ../nbs/48_run.ipynb #1a20107b
 import dataclasses
 import json
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, atomic_write, base_dir
+from .common import UserError, atomic_write, base_dir, disk_error
 
 # %% ../nbs/48_run.ipynb #9ddddc1a
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
@@ -28,7 +28,7 @@ def _parse_lines(text: str) -> list[dict]:
     lines = text.split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
-# %% ../nbs/48_run.ipynb #56b83b5c
+# %% ../nbs/48_run.ipynb #6bdc1425
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -48,10 +48,13 @@ class Run:
 
     def log(self, stage: str, kind: str, **fields: Any) -> None:
         "Append one record to `metrics.jsonl`."
-        self.path.mkdir(parents=True, exist_ok=True)
         record = {"stage": stage, "kind": kind, "time": round(time.time(), 3), **fields}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.metrics) from error
 
     def records(self, stage: str | None = None, kind: str | None = None) -> list[dict]:
         "The records written so far, oldest first, optionally of one stage or one kind."

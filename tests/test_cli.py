@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_checkpoint import small_disk
 
 from nanochat.run import Run
 
@@ -49,6 +50,16 @@ def test_relative_paths_mean_the_callers_directory(tmp_path):
     assert (tmp_path / "mine" / "runs" / "r" / "tokenizer").is_dir()
     again = nanochat("mine", "run", "--run", "r", "--stages", "tokenizer", cwd=tmp_path)  # a run remembers its preset, corpus and shape
     assert again.returncode == 0 and "is complete" in again.stdout, again.stdout + again.stderr
+
+
+def test_a_full_disk_says_so_and_the_run_goes_on(tmp_path):
+    with small_disk(tmp_path / "disk", 8_000_000) as disk:
+        arguments = ("run", "--preset", "demo", "--stages", "tokenizer,base")
+        full = nanochat(disk, *arguments)
+        assert full.returncode == 2 and full.stderr.count("\n") == 1 and "no space left on the disk" in full.stderr, full.stderr
+        subprocess.run(["mount", "-o", "remount,size=64000000", str(disk)], check=True)
+        again = nanochat(disk, *arguments)
+        assert again.returncode == 0, again.stdout + again.stderr
 
 
 def test_demo_runs_all_stages(base, demo, monkeypatch):
