@@ -129,7 +129,7 @@ def _percent(part: float) -> str | None:
     "A share of one; nan, for a machine whose peak is unknown, is left empty."
     return None if math.isnan(part) else f"{part:.0%}"
 
-# %% ../nbs/57_report.ipynb #334d53b6
+# %% ../nbs/57_report.ipynb #07c6b72b
 def running_mean(
     values: Sequence[float],
     width: int,  # how many values, up to and including this one, are averaged
@@ -168,7 +168,7 @@ def draw_stage(
 
 
 def _draw_bpb(ax: Any, points: list[tuple[int, float]], floor: float | None) -> None:
-    "Bits per byte, their last value, and the floor; the view is on the end of the curve."
+    "Bits per byte, their last value, and the floor; the view is on the last two thirds of the curve."
     ax.set_title("validation bits per byte")
     points = [(tokens, bpb) for tokens, bpb in points if math.isfinite(bpb)]  # a run that diverged still has a report
     if not points:
@@ -176,7 +176,7 @@ def _draw_bpb(ax: Any, points: list[tuple[int, float]], floor: float | None) -> 
     last = points[-1][1]
     ax.plot(*zip(*points), color=COLORS["orange"], marker="o", markersize=4)
     ax.annotate(f"{last:.3f}", points[-1], xytext=(2, -14), textcoords="offset points", ha="right")
-    high, low = max(bpb for _, bpb in points if bpb < 1.5 * last), min(bpb for _, bpb in points)
+    high, low = max(bpb for tokens, bpb in points if tokens >= points[-1][0] / 3), min(bpb for _, bpb in points)
     if floor:
         ax.axhline(floor, color=COLORS["green"], linestyle="--")
         ax.annotate(f"floor {floor:.3f}", (0.02, floor), xytext=(0, -11), textcoords="offset points", xycoords=("axes fraction", "data"), color=COLORS["green"])
