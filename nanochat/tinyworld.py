@@ -338,7 +338,7 @@ def allowed(
     sums = [sum(map(residue, parts_of(option))) for option in options]
     return [[o for o, s in zip(options, sums) if ((s + before) % 10 == 0) == (split == "test")] for before in range(10)]
 
-# %% ../nbs/01_tinyworld.ipynb #193c4dda
+# %% ../nbs/01_tinyworld.ipynb #259cb92f
 LOG2 = [0.0, *(math.log2(n) for n in range(1, 20_000))]
 
 
@@ -378,6 +378,8 @@ class Writer:
         "Give a part to a word of its table that plays no other part; returns its place in the table."
         records = self.world.parts[part]
         used = self.used.setdefault(self.world.cast[part], [])
+        if not (len(records) > len(used) if options is None else options):
+            raise UserError(f"no word of table {self.world.cast[part]!r} is left for part {part!r} in the {self.split} split: add words to it")
         if options is None:
             n = len(records)
             index = int(self.random() * n)
