@@ -30,7 +30,7 @@ def row_uniforms(
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()  # so that (0, 1) and (1, 0) have nothing in common
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
 
-# %% ../nbs/32_engine.ipynb #6c9c9020
+# %% ../nbs/32_engine.ipynb #2910068f
 def sample_tokens(
     logits: Tensor,  # (B, V)
     uniforms: Tensor,  # (B,) in [0, 1), one random number a row
@@ -42,7 +42,9 @@ def sample_tokens(
         return logits.argmax(dim=-1)
     ids = None
     if top_k and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k, dim=-1)
+        logits, ids = logits.topk(top_k, dim=-1, sorted=False)
+        ids, order = ids.sort(dim=-1)  # as in the vocabulary: rounding must not make nearly equal ones change places
+        logits = logits.gather(-1, order)
     ladder = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
     step = torch.searchsorted(ladder, (uniforms * ladder[:, -1])[:, None], right=True)  # below the top: a uniform is at most 1 - 2**-24
     return (step if ids is None else ids.gather(1, step))[:, 0]
