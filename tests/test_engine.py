@@ -56,8 +56,8 @@ def naive(model, prompt, max_tokens, temperature, top_k, seed, row):
 
 
 def climb(scores, top_k, uniform):
-    "One draw by walking up the ladder of probabilities; with top-k the likeliest rungs come first."
-    order = scores.argsort(descending=True)[:top_k].tolist() if top_k else range(len(scores))
+    "One draw by walking up the ladder of probabilities, of which top-k leaves k rungs."
+    order = sorted(scores.argsort(descending=True)[:top_k].tolist()) if top_k else range(len(scores))
     p = {i: float(torch.exp(scores[i])) for i in order}
     height = uniform * sum(p.values())
     for i in order:
