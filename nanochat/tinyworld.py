@@ -575,14 +575,15 @@ def make_choices(
     lines = letter_lines(choices)
     return "\n".join([asked.text, *lines]), lines, lines[choices.index(asked.answer)]
 
-# %% ../nbs/01_tinyworld.ipynb #9ad1b01e
+# %% ../nbs/01_tinyworld.ipynb #b4a045d0
 @cache
 def _spelled(world: World, split: str) -> list[str]:
     "Real words to spell. Those for testing occur nowhere else in the world."
     words = word_list(world, "spelled")
     if split == "train":
         short = sorted(word for word in everyday_words(world) if 3 <= len(word) <= 5)  # "day" is a piece of "daylight"
-        return [word for word in (*words, *short) if word.isalpha() and not is_held_out(word)]
+        things = [word for table in ("toy", "place", "animal", "fruit", "flower", "tree", "bird", "food") for word in word_list(world, table)]
+        return [word for word in dict.fromkeys([*words, *short, *things]) if word.isalpha() and not is_held_out(word)]
     return [word for word in words if is_held_out(word) and word not in everyday_words(world)]
 
 

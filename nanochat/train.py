@@ -8,9 +8,10 @@ __all__ = ['GPU_PEAKS', 'TrainConfig', 'build_optimizer', 'count_targets', 'accu
            'describe_machine', 'row_length', 'compute_precision', 'Trainer', 'pause', 'advance', 'train',
            'read_deadline', 'announce', 'process_group', 'run_worker', 'launch', 'follow_process', 'load_model']
 
-# %% ../nbs/50_train.ipynb #a54520bf
+# %% ../nbs/50_train.ipynb #9aa60d1e
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -128,7 +129,7 @@ def peak_flops(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-# %% ../nbs/50_train.ipynb #28956502
+# %% ../nbs/50_train.ipynb #5b681b5d
 def in_notebook() -> bool:  # True in a live Jupyter kernel, False in a terminal or a job
     "Whether there is a live notebook to draw in. `NANOCHAT_PROGRESS=lines` says no."
     if os.environ.get("NANOCHAT_PROGRESS") == "lines" or "ipykernel" not in sys.modules:
@@ -157,9 +158,12 @@ def draw_curves(
         ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
         if total:
             ax.set_xlim(0, total)
-    if floor and points.get("bpb"):
+    bpb = [point for point in points.get("bpb", []) if math.isfinite(point[1])]
+    if bpb:
+        late = [value for tokens, value in bpb if tokens >= bpb[-1][0] / 3]  # the first fall would hide all that follows
+        axes[1].set_ylim(0.9 * (floor or min(late)), 1.1 * max(late))
+    if floor and bpb:
         axes[1].axhline(floor, color=COLORS["green"], linestyle="--", label=f"floor {floor:.3f}")
-        axes[1].set_ylim(bottom=0.9 * floor, top=max(2.5 * floor, points["bpb"][-1][1] * 1.2))
         axes[1].legend(frameon=False)
     return fig
 
