@@ -112,7 +112,7 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #56a162ab
+# %% ../nbs/48_run.ipynb #7a44c6e8
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
@@ -124,8 +124,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mid": {"tokens": 1_966_080, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
                 "mixture": EXERCISES,
                 "eval_every": 100, "conversations": 30_000},
-        "sft": {"tokens": 2_949_120, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
-                "eval_every": 100, "conversations": 32_000},
+        "sft": {"tokens": 3_112_960, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
+                "eval_every": 100, "conversations": 34_000},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour

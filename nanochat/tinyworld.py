@@ -1002,10 +1002,10 @@ def talk_mixed(writer: Writer) -> list[Turn]:
         turns += topic(writer) if topic else [_chat_turn(writer, writer.choose(list(writer.world.chats)))]
     return turns
 
-# %% ../nbs/01_tinyworld.ipynb #3134e33a
+# %% ../nbs/01_tinyworld.ipynb #966b8a28
 CONVERSATIONS: dict[str, tuple[float, Callable[[Writer], list[Turn]]]] = {  # kind: (weight, how to write it)
-    "story": (3.5, talk_story), "reading": (3, talk_reading), "reading_choice": (1.5, talk_reading_choice),
-    "arithmetic": (1, talk_arithmetic), "spelling": (3, talk_spelling), "spelling_real": (2, talk_spelling_real),
+    "story": (4, talk_story), "reading": (3, talk_reading), "reading_choice": (1.5, talk_reading_choice),
+    "arithmetic": (1, talk_arithmetic), "spelling": (3, talk_spelling), "spelling_real": (1.5, talk_spelling_real),
     "counting": (1.5, talk_counting),
     "facts": (1.2, talk_facts), "facts_choice": (0.5, talk_facts_choice), "chat": (1, talk_chat), "repeat": (0.5, talk_repeat),
     "mixed": (0.6, talk_mixed)}
