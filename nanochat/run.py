@@ -112,7 +112,7 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #7a44c6e8
+# %% ../nbs/48_run.ipynb #b3f8bd59
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
@@ -122,8 +122,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                  "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.1, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
         "mid": {"tokens": 1_966_080, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
-                "mixture": EXERCISES,
-                "eval_every": 100, "conversations": 30_000},
+                "mixture": EXERCISES, "eval_every": 100, "conversations": 30_000},
         "sft": {"tokens": 3_112_960, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
                 "eval_every": 100, "conversations": 34_000},
         "eval": {"items": 100},

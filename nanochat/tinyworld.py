@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from .common import UserError
 
-# %% ../nbs/01_tinyworld.ipynb #3a83d43d
+# %% ../nbs/01_tinyworld.ipynb #68cf4351
 IRREGULAR = {"mouse": "mice", "goose": "geese", "leaf": "leaves", "fish": "fish", "box": "boxes", "scarf": "scarves"}
 
 
@@ -64,7 +64,7 @@ def capital(
 
 
 def make_record(
-    word: str,  # "barn"
+    word: str,  # "Whisper"
     columns: dict[str, str],  # {"kind": "owl", "sound": "hooted"}
 ) -> dict[str, str]:  # every form that a sentence can ask for
     "All forms of a word: itself, with an article, plural, its columns, and each of these with a capital."
@@ -693,7 +693,7 @@ def count_aloud(
     "Give each a number, then say how many there are."
     return ", ".join(f"{other} {number}" for number, other in enumerate(things, 1)) + f". There are {len(things)} {thing['s']}."
 
-# %% ../nbs/01_tinyworld.ipynb #065f9ff0
+# %% ../nbs/01_tinyworld.ipynb #c957bc73
 def write_story(writer: Writer) -> str:
     "A story."
     writer.cast_story()
@@ -706,20 +706,19 @@ def write_dialogue(writer: Writer) -> str:
     return writer.tell(writer.plot("dialogue"), "\n")
 
 
-def write_scene(writer: Writer, kind: str) -> tuple[str, list[Beat]]:
-    "Something to ask about: a story, or a scene with two people who both have an object and a place."
+def write_scene(writer: Writer, kind: str) -> tuple[str, tuple[Question, ...]]:
+    "A text and what can be asked about it: a story, or a scene with two people who both have an object and a place."
     writer.cast_story()
     if kind == "scene":
         writer.cast_story("b", "u", "q")
     beats = writer.plot(kind)
-    return writer.tell(beats), beats
+    return writer.tell(beats), find_questions(writer.world, tuple(beat.name for beat in beats))
 
 
 def write_questions(writer: Writer) -> str:
     "A story or a scene, then questions with answers, some of them multiple choice."
-    text, beats = write_scene(writer, writer.choose(("story", "scene", "scene")))
+    text, questions = write_scene(writer, writer.choose(("story", "scene", "scene")))
     lines = [text]
-    questions = find_questions(writer.world, tuple(beat.name for beat in beats))
     for question in draw_set(writer, questions, writer.choose(range(1, min(3, len(questions)) + 1)), ordered=True):
         asked = ask_question(writer, question)
         if writer.choose((0, 1)):
@@ -816,7 +815,7 @@ def write_documents(
     for kind, text, bits in _write(writer, kinds, DOCUMENTS):
         yield Document(text, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #acb93f2b
+# %% ../nbs/01_tinyworld.ipynb #7a51ee02
 class Turn(NamedTuple):
     "A question and its answer."
     user: str
@@ -857,8 +856,7 @@ def talk_story(writer: Writer) -> list[Turn]:
 
 def _talk_reading(writer: Writer, kinds: tuple[str, ...], most: int, choice: bool) -> list[Turn]:
     "Questions about a story or a scene."
-    (story, beats), turns = write_scene(writer, writer.choose(kinds)), []
-    questions = find_questions(writer.world, tuple(beat.name for beat in beats))
+    (story, questions), turns = write_scene(writer, writer.choose(kinds)), []
     for question in draw_set(writer, questions, writer.choose(range(1, min(most, len(questions)) + 1)), ordered=True):
         asked = ask_question(writer, question)
         text, lines, line = make_choices(writer, asked) if choice else (asked.text, (), "")
@@ -881,8 +879,8 @@ def talk_reading_choice(writer: Writer) -> list[Turn]:
 
 def exam_reading(writer: Writer) -> list[Turn]:
     "A question about a story, with the replies to choose from."
-    story, beats = write_scene(writer, "story")
-    asked = ask_question(writer, writer.choose(find_questions(writer.world, tuple(beat.name for beat in beats))))
+    story, questions = write_scene(writer, "story")
+    asked = ask_question(writer, writer.choose(questions))
     user = writer.phrase("read_story", story=story, question=asked.text)
     replies = tuple(map(asked.reply, draw_choices(writer, asked)))
     return [Turn(user, asked.reply(asked.answer), asked.answer, replies, f"{story}\nQuestion: {asked.text}\nAnswer:")]
@@ -1031,7 +1029,7 @@ def write_conversations(
                     for role, content in (("user", turn.user), ("assistant", turn.reply))]
         yield Talk(messages, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #1f108873
+# %% ../nbs/01_tinyworld.ipynb #0ed2ff32
 ITEMS: dict[str, Callable[[Writer], list[Turn]]] = {  # kind: how to write one
     "reading": exam_reading, "choice": exam_choice, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
     "spelling_real": talk_spelling_real, "spelling_made": talk_spelling_made, "counting": talk_counting,
@@ -1041,7 +1039,7 @@ ITEMS: dict[str, Callable[[Writer], list[Turn]]] = {  # kind: how to write one
 class Item(NamedTuple):
     "A question with its answer."
     messages: list[dict]  # ends with a user's turn
-    answer: str  # a letter, a number, a word
+    answer: str  # a line, a number, a word
     choices: list[str]  # replies to choose from; empty unless multiple choice
     kind: str  # one of ITEMS
     plain: str  # the question as a document puts it; empty if documents have no such question
