@@ -20,7 +20,7 @@ setup(
     license="MIT",
     python_requires=">=" + settings["min_python"],
     packages=find_packages(include=["nanochat", "nanochat.*"]),
-    package_data={"nanochat": ["*.txt", "*.json", "*.html"]},
+    package_data={"nanochat": ["*.txt", "*.json", "*.html", "*.yaml"]},
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     entry_points={"console_scripts": settings["console_scripts"].split()},

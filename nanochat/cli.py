@@ -33,12 +33,12 @@ def _source(source: str | None) -> str | None:
         raise UserError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}: --source sft")
     return source
 
-# %% ../nbs/65_cli.ipynb #90ec39b3
+# %% ../nbs/65_cli.ipynb #65f310c0
 @app.command()
 def run(
     preset: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRESETS)}; default: the run's own, tiny for a new one.")] = None,  # noqa: UP045
     name: Annotated[Optional[str], typer.Option("--run", help="The run's name; default: the preset's.")] = None,  # noqa: UP045
-    stages: Annotated[Optional[str], typer.Option(help="Some of tokenizer,base,mid,sft,eval,report; default: all.")] = None,  # noqa: UP045
+    stages: Annotated[Optional[str], typer.Option(help="Some of tokenizer,base,mid,sft,rl,eval,report; default: all but rl.")] = None,  # noqa: UP045
     corpus: Annotated[Optional[str], typer.Option(help="tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH.")] = None,  # noqa: UP045
     depth: Annotated[Optional[int], typer.Option(help="Transformer blocks.")] = None,  # noqa: UP045
     width: Annotated[Optional[int], typer.Option(help="Width of the residual stream.")] = None,  # noqa: UP045
@@ -67,10 +67,11 @@ def _configs() -> dict[str, type]:
     from nanochat.midtrain import MidConfig
     from nanochat.pretrain import BaseConfig
     from nanochat.report import ReportConfig
+    from nanochat.rl import RLConfig
     from nanochat.sft import SFTConfig
     from nanochat.train_tokenizer import TokenizerConfig
 
-    return {cls.STAGE: cls for cls in (TokenizerConfig, BaseConfig, MidConfig, SFTConfig, EvalConfig, ReportConfig)}
+    return {cls.STAGE: cls for cls in (TokenizerConfig, BaseConfig, MidConfig, SFTConfig, RLConfig, EvalConfig, ReportConfig)}
 
 # %% ../nbs/65_cli.ipynb #ccc5a3d8
 @app.command()
@@ -97,23 +98,34 @@ def chat(
     else:
         talk(session, f"{this.name}, {meta['stage']} model of {model.num_params() / 1e6:.1f}M parameters")
 
-# %% ../nbs/65_cli.ipynb #bf3a8f2f
+# %% ../nbs/65_cli.ipynb #a9b28556
 @app.command("eval")
 def evaluate(
     name: RunName = None,
-    source: Annotated[str, typer.Option(help="Models to ask, with commas.")] = "base,mid,sft",
-    tasks: Annotated[Optional[str], typer.Option(help="Tasks, with commas; default: all.")] = None,  # noqa: UP045
-    max_problems: Annotated[int, typer.Option(help="Questions of each task.")] = 100,
+    source: Annotated[str, typer.Option(help="Models to ask, with commas; those that don't exist are left out.")] = ",".join(SOURCES),
+    tasks: Annotated[Optional[str], typer.Option(help="Tasks, with commas, and core for all of CORE; default: the tiny world's.")] = None,  # noqa: UP045
+    max_problems: Annotated[int, typer.Option("--max-problems", "--max-per-task", help="Questions of each task; 0: all.")] = 100,
+    samples: Annotated[int, typer.Option(help="Replies to each open question; more give pass@k.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 200,
     seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that share the work; 0: one for each GPU.")] = 0,
 ) -> None:
-    "Score a run's models. Example: nanochat eval --tasks reading,arithmetic --max-problems 200"
-    from nanochat.evaluate import EvalConfig, score_model
-    from nanochat.tasks import TASKS
+    "Score a run's models, side by side. Example: nanochat eval --tasks reading,arithmetic --max-problems 200"
+    from nanochat.evaluate import EvalConfig, run_evaluate
+    from nanochat.mixtures import TASKS
+    from nanochat.report import describe_core, describe_scores
+    from nanochat.train import launch
 
+    if max_problems < 0 or samples < 1:
+        raise UserError(f"--max-problems must be 0 or more and --samples at least 1, not {max_problems} and {samples}")
     this = find_run(name)
-    cfg = EvalConfig(run=this.name, tasks=tasks or ",".join(TASKS), items=max_problems, seed=seed)
-    for part in _split(source) or []:
-        score_model(this, _source(part), cfg)
+    cfg = EvalConfig(run=this.name, sources=source, tasks=tasks or ",".join(TASKS), items=max_problems, samples=samples, max_tokens=max_tokens,
+                     seed=seed, processes=processes)
+    launch(run_evaluate, cfg, module="nanochat.evaluate")
+    asked = set(cfg.tasks.split(","))
+    records = [r for r in this.records("eval") if r["kind"] == "core" and "core" in asked or r.get("task") in asked]
+    records = [r for r in records if r["source"] in source.split(",") and (r["asked"]["items"], r["asked"]["samples"]) == (max_problems, samples)]
+    print("\n" + "\n".join(filter(None, (describe_scores(records, align=True), describe_core(records, align=True)))))
 
 
 @app.command()
@@ -128,15 +140,33 @@ def report(
 
 @app.command()
 def fetch(
-    corpus: Annotated[str, typer.Argument(help="tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH.")],
-    shards: Annotated[int, typer.Option(help="Training shards.")] = 4,
+    what: Annotated[str, typer.Argument(help="A corpus (tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH), a task's data such as gsm8k, "
+                                             "all of them (tasks), the bundle of CORE (core), or the word list (words).")],
+    shards: Annotated[int, typer.Option(help="Training shards of a corpus.")] = 4,
 ) -> None:
-    "Make or fetch a corpus before training. Example: nanochat fetch fineweb_edu --shards 240"
-    from nanochat.dataset import open_corpus
+    "Make or fetch what a machine without internet will need. Example: nanochat fetch fineweb_edu --shards 240"
+    from nanochat.benchmarks import HUB_DATA, fetch_hub, read_hub
 
-    opened = open_corpus(corpus, shards)
-    size = sum(path.stat().st_size for path in opened.paths)
-    print(f"{corpus}: {len(opened.shards('train'))} training shards and one for validation, {format_bytes(size)}, in {opened.paths[0].parent}")
+    known = what.lower().replace("-", "_")
+    if known == "core":
+        from nanochat.core import fetch_bundle, read_bundle, read_items
+
+        folder = fetch_bundle()
+        print(f"core: {len(tasks := read_bundle(folder))} tasks with {sum(len(read_items(task)) for task in tasks):,d} items, in {folder}")
+    elif known == "words":
+        from nanochat.tasks import fetch_words, read_words
+
+        print(f"words: {fetch_words()}, {len(read_words('train')):,d} to learn and {len(read_words('test')):,d} to test with")
+    elif known == "tasks" or known in HUB_DATA:
+        for task in HUB_DATA if known == "tasks" else [known]:
+            fetch_hub(task)
+            print(f"{task}: " + ", ".join(f"{len(read_hub(task, split)):,d} rows to {split}" for split, _ in HUB_DATA[task].splits), flush=True)
+    else:
+        from nanochat.dataset import open_corpus
+
+        opened = open_corpus(what, shards)
+        size = sum(path.stat().st_size for path in opened.paths)
+        print(f"{what}: {len(opened.shards('train'))} training shards and one for validation, {format_bytes(size)}, in {opened.paths[0].parent}")
 
 # %% ../nbs/65_cli.ipynb #1f5bad1d
 @app.command()

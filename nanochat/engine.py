@@ -201,7 +201,7 @@ def check_request(
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k must be at least 1, not {top_k}: --top-k 50")
 
-# %% ../nbs/32_engine.ipynb #5fc4e15d
+# %% ../nbs/32_engine.ipynb #8710194e
 class Engine:
     "Writes text with a model: cached, batched, streaming, with a calculator."
 
@@ -238,16 +238,17 @@ class Engine:
         max_tokens: int = 256,
         temperature: float = 1.0,
         top_k: int | None = None,
-        seed: int = 0,  # prompt i draws from (seed, i)
+        seed: int = 0,
         tools: bool = True,
         batch: int = 64,  # prompts side by side
+        first: int = 0,  # prompt i draws from (seed, first + i): a stretch of many prompts is answered as it would be among all
     ) -> list[Reply]:  # in the order of the prompts
         "Go on with many prompts: tokens, which of them were sampled, and why each reply ended."
         check_request(prompts, self.model.config.context, max_tokens, temperature, top_k)
         replies, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch):
             chunk = order[start : start + batch]
-            generation = Generation(self.model, self.tokenizer, [prompts[i] for i in chunk], [(seed, i) for i in chunk],
+            generation = Generation(self.model, self.tokenizer, [prompts[i] for i in chunk], [(seed, first + i) for i in chunk],
                                     max_tokens, temperature, top_k, tools)
             deque(generation, maxlen=0)  # run to the end
             replies.update(zip(chunk, (row.reply for row in generation.rows)))

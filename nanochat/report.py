@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['select', 'newest', 'table', 'describe_setup', 'active_seconds', 'describe_stages', 'describe_costs', 'running_mean',
-           'draw_stage', 'best_known', 'describe_scores', 'draw_scores', 'quote', 'describe_samples',
-           'describe_missing', 'resume_command', 'summarize', 'compose_report', 'make_report', 'ReportConfig',
-           'run_report']
+           'draw_stage', 'best_known', 'describe_scores', 'core_scores', 'describe_core', 'describe_rl', 'draw_scores',
+           'quote', 'describe_samples', 'describe_missing', 'resume_command', 'summarize', 'compose_report',
+           'make_report', 'ReportConfig', 'run_report']
 
 # %% ../nbs/57_report.ipynb #23b67fe4
 import io
@@ -20,7 +20,7 @@ from typing import Any
 from .common import COLORS, UserError, atomic_write, format_bytes, format_count, format_seconds
 from .run import PRESETS, SOURCES, STAGES, Run
 
-# %% ../nbs/57_report.ipynb #f730ccb7
+# %% ../nbs/57_report.ipynb #5da1a894
 def select(
     records: Sequence[dict],  # oldest first
     stage: str | None = None,  # None: any
@@ -42,11 +42,15 @@ def newest(
 def table(
     header: Sequence[str],  # names of the columns
     rows: Sequence[Sequence[Any]],  # cells; None and nan are left empty
+    align: bool = False,  # pad the cells, for a terminal
 ) -> str:  # Markdown; "" if there are no rows
     "A Markdown table without the columns that have nothing to say."
     lines = [["" if v is None or v != v else str(v).replace("|", "\\|") for v in row] for row in rows]
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]
     cells = [[line[i] for i in used] for line in ([*header], ["---"] * len(header), *lines)]
+    if align:
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        cells = [[cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths)] for line in cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in cells) if lines else ""
 
 # %% ../nbs/57_report.ipynb #470faecb
@@ -81,7 +85,7 @@ def active_seconds(
         before = record["time"]
     return total
 
-# %% ../nbs/57_report.ipynb #163ee7bc
+# %% ../nbs/57_report.ipynb #e5374778
 def describe_stages(
     records: Sequence[dict],
 ) -> str:  # Markdown
@@ -91,12 +95,17 @@ def describe_stages(
         config, steps, evals = newest(records, stage, "config"), select(records, stage, "step"), select(records, stage, "eval")
         if not config:
             continue
-        done, bpb, floor = len(steps) and steps[-1]["step"], evals[-1]["bpb"] if evals else None, config.get("floor")
+        done, bpb, floor = len(steps) and steps[-1]["step"], evals[-1].get("bpb") if evals else None, config.get("floor")
         starts = len(select(records, stage, "environment"))
-        rows.append([stage, f"{done} of {config['steps']}", format_count(steps[-1]["tokens"]) if steps else None, steps[-1]["epoch"] if steps else None,
-                     _number(mean(r["loss"] for r in steps[-20:]), ".3f") if steps else None, bpb and _number(bpb, ".4f"),
+        rows.append([stage, f"{done} of {config['steps']}", format_count(_tokens(stage, steps)) if steps else None, steps[-1]["epoch"] if steps else None,
+                     _number(mean(r["loss"] for r in steps[-20:]), ".3f") if steps and stage != "rl" else None, bpb and _number(bpb, ".4f"),
                      bpb and floor and _number(bpb / floor - 1, ".1%"), starts if starts > 1 else None])
     return table(["stage", "steps", "tokens", "epoch", "loss (last 20 steps)", "validation bits per byte", "above the floor", "starts"], rows)
+
+
+def _tokens(stage: str, steps: Sequence[dict]) -> int:
+    "Tokens that a stage has trained on: a count that goes on from step to step, or in reinforcement learning one for each step."
+    return sum(r["tokens"] for r in steps) if stage == "rl" else steps[-1]["tokens"]
 
 
 def _number(value: float, form: str) -> str:
@@ -114,7 +123,7 @@ def describe_costs(
         seconds = active_seconds(records, stage)
         if not config or stage == "report":
             continue
-        compute = steps[-1]["tokens"] * config["flops_per_token"] if steps else 0.0
+        compute = _tokens(stage, steps) * config["flops_per_token"] if steps else 0.0
         hours = seconds / 3600 * config.get("ranks", 1)
         totals = [a + b for a, b in zip(totals, (seconds, compute, hours))]
         rows.append([stage, format_seconds(seconds), steps and format_seconds(steps[-1]["seconds"]) or None, steps and format_count(median(r["tokens_per_second"] for r in steps)) or None,
@@ -129,7 +138,7 @@ def _percent(part: float) -> str | None:
     "A share of one; nan, for a machine whose peak is unknown, is left empty."
     return None if math.isnan(part) else f"{part:.0%}"
 
-# %% ../nbs/57_report.ipynb #07c6b72b
+# %% ../nbs/57_report.ipynb #69fdaaa1
 def running_mean(
     values: Sequence[float],
     width: int,  # how many values, up to and including this one, are averaged
@@ -145,12 +154,14 @@ def draw_stage(
     records: Sequence[dict],
     stage: str,  # "base", "mid", "sft" or "rl"
 ) -> Any:  # a matplotlib figure, or None before the first step
-    "Training loss, validation bits per byte and learning rate against tokens."
+    "Training loss, validation bits per byte and learning rate against tokens; for reinforcement learning reward, accuracy and length."
     import matplotlib.pyplot as plt
 
     steps, evals = select(records, stage, "step"), select(records, stage, "eval")
     if not steps:
         return None
+    if stage == "rl":
+        return _draw_rl(steps, evals)
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
     tokens, loss = [r["tokens"] for r in steps], [r["loss"] for r in steps]
     left.plot(tokens, loss, color=COLORS["blue"], alpha=0.3, linewidth=0.8)
@@ -164,6 +175,28 @@ def draw_stage(
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(plt.MaxNLocator(5))
         ax.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".0", ""))
+    return fig
+
+
+def _draw_rl(steps: Sequence[dict], evals: Sequence[dict]) -> Any:
+    "Reward, held-out accuracy and length of the replies against steps."
+    import matplotlib.pyplot as plt
+
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
+    at, reward = [r["step"] for r in steps], [r["reward"] for r in steps]
+    left.plot(at, reward, color=COLORS["blue"], alpha=0.3, linewidth=0.8)
+    left.plot(at, running_mean(reward, max(1, len(at) // 10)), color=COLORS["blue"])
+    left.set(title="mean reward of the replies", ylim=(0, 1.02))
+    for k, color in (("1", "orange"), ("8", "purple")):
+        middle.plot([r["step"] for r in evals], [r["pass_at"][k] for r in evals], color=COLORS[color], marker="o", markersize=4, label=f"pass@{k}")
+    middle.fill_between([r["step"] for r in evals], [r["low"] for r in evals], [r["high"] for r in evals], color=COLORS["orange"], alpha=0.2, linewidth=0)
+    middle.set(title="held-out questions", ylim=(0, 1.02))
+    middle.legend(frameon=False, loc="lower right")
+    right.plot(at, [r["length"] for r in steps], color=COLORS["green"])
+    right.set(title="sampled tokens of a reply", ylim=(0, None))
+    for ax in (left, middle, right):
+        ax.set(xlabel="step", xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 
@@ -184,7 +217,7 @@ def _draw_bpb(ax: Any, points: list[tuple[int, float]], floor: float | None) -> 
     margin = 0.2 * max(high - low, 0.1 * low)
     ax.set_ylim(low - margin, high + margin)
 
-# %% ../nbs/57_report.ipynb #5f5c2773
+# %% ../nbs/57_report.ipynb #22798d10
 def best_known(
     records: Sequence[dict],
 ) -> dict[tuple[str, str], dict]:  # (task, source) -> record
@@ -200,25 +233,77 @@ def best_known(
 
 def describe_scores(
     records: Sequence[dict],
+    align: bool = False,  # pad the cells, for a terminal
 ) -> str:  # Markdown; "" before the first evaluation
     "Accuracy of each stage's model, side by side, with the number of questions and 95% intervals."
+    from nanochat.chat_eval import mean_above_chance
+
     scores = best_known(records)
     sources = [s for s in SOURCES if any(s == source for _, source in scores)]
-    rows, above = [], {source: [] for source in sources}
+    rows = []
     for task in dict.fromkeys(task for task, _ in scores):
         found = {source: scores[task, source] for source in sources if (task, source) in scores}
         counts = sorted({r["count"] for r in found.values()})
         chance = next(iter(found.values()))["chance"]
-        for source, r in found.items():
-            above[source].append((r["accuracy"] - chance) / (1 - chance))
-        rows.append([task, " or ".join(map(str, counts)), f"{chance:.0%}",
-                     *[f"{r['accuracy']:.0%} ({r['low']:.0%} to {r['high']:.0%})" if (r := found.get(s)) else None for s in sources]])
-    if rows:
-        rows.append(["mean above chance", None, None, *[f"{mean(above[s]):.2f}" for s in sources]])
+        rows.append([task, " or ".join(map(str, counts)), f"{chance:.0%}", *[_cell(found[s]) if s in found else None for s in sources]])
+    if not rows:
+        return ""
+    means = {source: mean_above_chance(r for (_, s), r in scores.items() if s == source) for source in sources}
+    for name in sorted({name for name, _ in means.values()}):
+        rows.append([name, None, None, *[f"{means[s][1]:.3f}" if means[s][0] == name else None for s in sources]])
     note = "\nIn brackets: 95% confidence intervals. Above chance: 0 is guessing, 1 is always right.\n"
-    return table(["task", "questions", "chance", *sources], rows) + note if rows else ""
+    return table(["task", "questions", "chance", *sources], rows, align) + note
 
-# %% ../nbs/57_report.ipynb #bfe0e107
+
+def _cell(score: dict) -> str:
+    "An accuracy with its interval, and how often one of several tries was right."
+    tries = list(score.get("pass_at", {}).items())[-1:]
+    return f"{score['accuracy']:.0%} ({score['low']:.0%} to {score['high']:.0%})" + "".join(f", pass@{k} {p:.0%}" for k, p in tries)
+
+# %% ../nbs/57_report.ipynb #e3f3a7de
+def core_scores(
+    records: Sequence[dict],
+) -> dict[str, list[dict]]:  # source -> records, one for each task
+    "Each model's latest scores on the tasks of CORE, of the last way in which it was asked."
+    found = {}
+    for source in SOURCES:
+        if mine := [r for r in select(records, "eval", "core") if r["source"] == source]:
+            found[source] = list({r["task"]: r for r in mine if r["asked"] == mine[-1]["asked"]}.values())
+    return found
+
+
+def describe_core(
+    records: Sequence[dict],
+    align: bool = False,  # pad the cells, for a terminal
+) -> str:  # Markdown; "" if CORE was not asked for
+    "Accuracy on each task of CORE, and the mean of what is above the baselines, by its right name."
+    if not (found := core_scores(records)):
+        return ""
+    from nanochat.core import GPT2_CORE, summarize_core
+
+    rows = []
+    for task in dict.fromkeys(r["task"] for scores in found.values() for r in scores):
+        mine = {source: r for source, scores in found.items() for r in scores if r["task"] == task}
+        one = next(iter(mine.values()))
+        rows.append([task, one["count"], f"{one['baseline']:.0%}", *[_cell(mine[s]) if s in mine else None for s in found]])
+    summaries = {source: summarize_core(scores) for source, scores in found.items()}
+    for name in dict.fromkeys(s["name"] for s in summaries.values()):
+        rows.append([name, None, None, *[f"{s['score']:.3f} ({s['low']:.3f} to {s['high']:.3f})" if s["name"] == name else None for s in summaries.values()]])
+    return table(["task", "items", "baseline", *found], rows, align) + f"\nCORE of GPT-2 (1.6B parameters): {GPT2_CORE:.3f}.\n"
+
+
+def describe_rl(
+    records: Sequence[dict],
+) -> str:  # a sentence; "" if nothing was practised
+    "What reinforcement learning has changed on held-out questions."
+    evals, config = select(records, "rl", "eval"), newest(records, "rl", "config")
+    if len(evals) < 2:
+        return ""
+    first, last = evals[0], evals[-1]
+    return (f"{config['settings']['task']}, held out, one try: {_cell(first)} before, {_cell(last)} after {last['step']} steps of "
+            f"{config['settings']['questions']} questions with {config['settings']['samples']} replies each.\n")
+
+# %% ../nbs/57_report.ipynb #23527456
 def draw_scores(
     records: Sequence[dict],
 ) -> Any:  # a matplotlib figure, or None before the first evaluation
@@ -229,7 +314,7 @@ def draw_scores(
     tasks, sources = list(dict.fromkeys(task for task, _ in scores)), [s for s in SOURCES if any(s == source for _, source in scores)]
     if not scores:
         return None
-    fig, ax = plt.subplots(figsize=(max(4.5, 1.6 * len(tasks)), 3.0), layout="constrained")
+    fig, ax = plt.subplots(figsize=(max(4.5, 1.3 * len(tasks)), 3.0), layout="constrained")
     width, colors = 0.8 / len(sources), dict(zip(SOURCES, ("grey", "orange", "blue", "purple")))
     for i, source in enumerate(sources):
         found = [(x, scores[task, source]) for x, task in enumerate(tasks) if (task, source) in scores]
@@ -268,14 +353,14 @@ def describe_samples(
                 parts.append(f"**{stage}**, step {r['step']}, after *{prompt}*\n\n{quote(r['text'])}")
     return "\n".join(parts)
 
-# %% ../nbs/57_report.ipynb #3c97f12e
+# %% ../nbs/57_report.ipynb #75cee815
 def describe_missing(
     name: str,  # of the run
     records: Sequence[dict],
 ) -> str:  # Markdown; "" if every stage is done
     "Which stages are unfinished or have not begun, and the command that goes on."
     parts = []
-    for stage in ("tokenizer", "base", "mid", "sft", "eval"):
+    for stage in ("tokenizer", "base", "mid", "sft", *(["rl"] if newest(records, "rl", "config") else []), "eval"):
         config, step = newest(records, stage, "config"), newest(records, stage, "step").get("step", 0)
         if not newest(records, stage, "summary"):
             parts.append(f"{stage} is at step {step} of {config['steps']}" if config.get("steps") else f"{stage} has {'begun' if config else 'not begun'}")
@@ -293,7 +378,7 @@ def resume_command(
     other = f" --corpus {corpus}" if corpus != PRESETS[preset]["data"]["corpus"] else ""
     return f"nanochat run --preset {preset} --run {name}{other}"
 
-# %% ../nbs/57_report.ipynb #f776760f
+# %% ../nbs/57_report.ipynb #83fcccc2
 def summarize(
     records: Sequence[dict],
 ) -> str:  # a few sentences
@@ -321,13 +406,27 @@ def compose_report(
     "All sections that have something to say."
     images = {figure: f"![{figure}](figures/{figure}.png)\n\n" for figure in figures}
     curves = "".join(f"### {stage}\n\n{images[stage]}" for stage in SOURCES if stage in images)
-    scores = images.get("scores", "") + describe_scores(records)
+    scores = images.get("scores", "") + describe_scores(records) + "".join(f"\n{part}" for part in (describe_core(records), describe_rl(records)) if part)
+    scores += f"\n{images['core']}" if "core" in images else ""
     sections = {"Set-up": describe_setup(records), "Stages": describe_stages(records), "Time and cost": describe_costs(records),
                 "Curves": curves, "Scores": scores, "Samples": describe_samples(records)}
     head = f"# Report of run {name}\n\n{summarize(records)}\n" + describe_missing(name, records)
     return head + "".join(f"\n## {title}\n\n{body.rstrip()}\n" for title, body in sections.items() if body)
 
-# %% ../nbs/57_report.ipynb #3b014b9f
+# %% ../nbs/57_report.ipynb #3b7abeb8
+def _draw(records: Sequence[dict], name: str) -> Any:
+    "One of the report's figures, or None."
+    if name == "scores":
+        return draw_scores(records)
+    if name != "core":
+        return draw_stage(records, name)
+    if not (found := core_scores(records)):
+        return None
+    from nanochat.core import draw_core
+
+    return draw_core(list(found.values())[-1])
+
+
 def make_report(
     run: Run,  # finished or not
 ) -> Path:  # report.md in the run's folder
@@ -337,9 +436,8 @@ def make_report(
     records, names = run.records(), []
     if not records:
         raise UserError(f"run {run.name!r} has recorded nothing yet: nanochat run --run {run.name}")
-    for name in (*SOURCES, "scores"):
-        fig = draw_scores(records) if name == "scores" else draw_stage(records, name)
-        if fig is not None:
+    for name in (*SOURCES, "scores", "core"):
+        if (fig := _draw(records, name)) is not None:
             buffer = io.BytesIO()
             fig.savefig(buffer, format="png", dpi=120)
             plt.close(fig)

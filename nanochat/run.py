@@ -112,7 +112,7 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #b3f8bd59
+# %% ../nbs/48_run.ipynb #fc4abe57
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
@@ -122,9 +122,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                  "head_lr": 0.014, "cooldown": 0.4, "echo_tokens": 460_800, "echo_part": 0.1, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 40_000, "sample_every": 200, "save_every": 100},
         "mid": {"tokens": 1_966_080, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "cooldown": 0.3, "masked": True,
-                "mixture": EXERCISES, "eval_every": 100, "conversations": 30_000},
+                "packing": "whole", "mixture": "tinyworld=30000", "kinds": EXERCISES, "eval_every": 100},
         "sft": {"tokens": 3_112_960, "batch_tokens": 4096, "device_rows": 16, "head_lr": 0.014, "lr_scale": 1.0,
-                "eval_every": 100, "conversations": 34_000},
+                "mixture": "tinyworld=36000", "eval_every": 100},
+        "rl": {"steps": 100, "device_rows": 64, "eval_every": 25, "save_every": 25},
         "eval": {"items": 100},
     },
     "small": {  # about 5M parameters, half an hour
@@ -133,8 +134,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "base": {"depth": 6, "width": 256, "heads": 2, "context": 256, "tokens": 6_000_000, "batch_tokens": 8192, "device_rows": 16,
                  "cooldown": 0.4, "echo_tokens": 983_040, "echo_part": 0.1, "echo_length": 32,
                  "eval_every": 100, "eval_tokens": 80_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 2_000_000, "cooldown": 0.3, "masked": True, "mixture": EXERCISES, "conversations": 40_000},
-        "sft": {"tokens": 2_000_000, "lr_scale": 1.0, "conversations": 20_000},
+        "mid": {"tokens": 2_000_000, "cooldown": 0.3, "masked": True, "packing": "whole", "mixture": "tinyworld=40000", "kinds": EXERCISES},
+        "sft": {"tokens": 2_000_000, "lr_scale": 1.0, "mixture": "tinyworld=20000"},
+        "rl": {"steps": 100, "device_rows": 64, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
     "medium": {  # about 15M parameters, two to three hours
@@ -142,8 +144,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "tokenizer": {"vocab_size": 4096, "max_chars": 30_000_000},
         "base": {"depth": 8, "width": 384, "heads": 6, "context": 512, "tokens": 20_000_000, "batch_tokens": 16_384, "device_rows": 8,
                  "eval_every": 100, "eval_tokens": 160_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 5_000_000, "conversations": 50_000},
-        "sft": {"tokens": 1_000_000, "conversations": 10_000},
+        "mid": {"tokens": 5_000_000, "mixture": "tinyworld=50000"},
+        "sft": {"tokens": 1_000_000, "mixture": "tinyworld=10000"},
+        "rl": {"steps": 100, "device_rows": 32, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
     "large": {  # about 50M parameters, a night
@@ -151,8 +154,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "tokenizer": {"vocab_size": 8192, "max_chars": 100_000_000},
         "base": {"depth": 12, "width": 576, "heads": 9, "context": 512, "tokens": 40_000_000, "batch_tokens": 32_768, "device_rows": 8,
                  "eval_every": 100, "eval_tokens": 160_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 8_000_000, "conversations": 80_000},
-        "sft": {"tokens": 2_000_000, "conversations": 20_000},
+        "mid": {"tokens": 8_000_000, "mixture": "tinyworld=80000"},
+        "sft": {"tokens": 2_000_000, "mixture": "tinyworld=20000"},
+        "rl": {"steps": 100, "device_rows": 16, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
     "d20": {  # 561M parameters on eight A100s, inside a twelve-hour job
@@ -161,9 +165,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "base": {"depth": 20, "width": 1280, "heads": 10, "context": 2048, "tokens": 11_219_763_200,
                  "batch_tokens": 524_288, "device_rows": 32, "eval_every": 250, "eval_tokens": 10_485_760,
                  "sample_every": 2000, "save_every": 1000},
-        "mid": {"tokens": 400_000_000, "conversations": 800_000},
-        "sft": {"tokens": 12_000_000, "conversations": 24_000},
-        "eval": {"items": 1000},
+        "mid": {"tokens": 0, "batch_tokens": 524_288, "device_rows": 32, "eval_every": 150, "eval_tokens": 10_485_760, "save_every": 200,
+                "mixture": "smoltalk,mmlu=100000,gsm8k,identity=1000,identity=1000,simple_spelling=200000,spelling_bee=80000"},
+        "sft": {"tokens": 0, "batch_tokens": 65_536, "device_rows": 4, "eval_every": 100, "eval_tokens": 1_048_576, "lr_scale": 0.02, "packing": "pad",
+                "mixture": "arc_easy,arc_challenge,gsm8k,smoltalk=10000,identity=1000,simple_spelling=300,spelling_bee=300"},
+        "rl": {"task": "gsm8k", "questions": 16, "samples": 16, "device_rows": 8, "max_tokens": 256, "exam": 400, "eval_every": 60, "save_every": 60},
+        "eval": {"tasks": "core,arc_easy,arc_challenge,mmlu,gsm8k,humaneval,spelling_bee", "items": 0, "max_tokens": 512},
     },
 }
 PRESETS["demo"] = {  # tiny cut to seconds: for tests, and to see whether everything works
@@ -171,8 +178,9 @@ PRESETS["demo"] = {  # tiny cut to seconds: for tests, and to see whether everyt
     "tokenizer": {"vocab_size": 512, "max_chars": 300_000},
     "base": PRESETS["tiny"]["base"] | {"depth": 2, "width": 64, "row": 0, "tokens": 40_960, "batch_tokens": 2048, "device_rows": 8, "echo_tokens": 8192,
                                        "eval_every": 10, "eval_tokens": 4096, "sample_every": 10, "save_every": 10},
-    "mid": {"tokens": 20_480, "conversations": 300},
-    "sft": {"tokens": 10_240, "conversations": 150},
+    "mid": {"tokens": 20_480, "mixture": "tinyworld=300"},
+    "sft": {"tokens": 10_240, "mixture": "tinyworld=150"},
+    "rl": {"task": "counting", "steps": 2, "questions": 2, "samples": 4, "practice": 20, "exam": 4, "eval_every": 2, "save_every": 1},
     "eval": {"items": 8},
 }
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from .midtrain import train_on_conversations
 from .train import TrainConfig
 
-# %% ../nbs/54_sft.ipynb #31871952
+# %% ../nbs/54_sft.ipynb #9d9fbf90
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     "Settings of supervised finetuning."
     STAGE = "sft"
-    conversations: int = 3000  # different conversations
-    masked: bool = True  # only the assistant's tokens are predicted
-    mixture: str = ""  # weights of kinds of conversations; empty: the world's own
+    mixture: str = "tinyworld=3000"  # tasks and how many conversations of each
+    kinds: str = ""  # weights of tinyworld's kinds of conversations; empty: the world's own
+    persona: str = ""  # a file like nanochat/persona.yaml, for identity conversations; empty: the project's
+    masked: bool = True  # True: predict the assistant's tokens only
+    packing: str = "whole"  # conversations in rows: "crop", "whole" or "pad"
     lr_scale: float = 0.1  # small steps
     cooldown: float = 1.0  # falling from the first step
 

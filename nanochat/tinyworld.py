@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['IRREGULAR', 'HEADER', 'SLOT', 'OPENING', 'STORY_KINDS', 'LOG2', 'STATES', 'WHO', 'REPLIES', 'LETTERS', 'LINE_ONLY',
-           'CALCULATE', 'ASK_SIGN', 'DOCUMENTS', 'CONVERSATIONS', 'ITEMS', 'REASONS', 'article', 'plural', 'capital',
-           'make_record', 'Section', 'read_sections', 'read_table', 'Slot', 'expand_brackets', 'parse_template',
-           'Sentence', 'compile_sentence', 'compile_choices', 'Fact', 'read_facts', 'Beat', 'FactKind', 'Chat', 'World',
-           'beat_names', 'world_text', 'load_world', 'residue', 'is_held_out', 'allowed', 'Writer', 'Question',
-           'find_questions', 'Asked', 'ask_question', 'word_list', 'draw_set', 'letter_lines', 'draw_choices',
-           'make_choices', 'draw_word', 'spell', 'everyday_words', 'word_types', 'number_pairs', 'draw_sum',
-           'draw_things', 'list_things', 'count_aloud', 'write_story', 'write_dialogue', 'write_scene',
-           'write_questions', 'write_facts', 'write_counting', 'write_arithmetic', 'write_spelling', 'Document',
-           'write_documents', 'Turn', 'casual', 'polite', 'talk_story', 'talk_reading', 'talk_reading_choice',
-           'exam_reading', 'exam_choice', 'talk_arithmetic', 'talk_spelling', 'talk_spelling_real',
-           'talk_spelling_made', 'talk_counting', 'talk_facts', 'talk_facts_choice', 'talk_chat', 'talk_repeat',
-           'talk_mixed', 'Talk', 'write_conversations', 'Item', 'write_items', 'check_answer', 'Pattern',
-           'compile_pattern', 'find_patterns', 'Reader', 'check_story', 'entropy']
+           'CALCULATE', 'ASK_SIGN', 'STEPS', 'DOCUMENTS', 'CONVERSATIONS', 'ITEMS', 'REASONS', 'article', 'plural',
+           'capital', 'make_record', 'Section', 'read_sections', 'read_table', 'Slot', 'expand_brackets',
+           'parse_template', 'Sentence', 'compile_sentence', 'compile_choices', 'Fact', 'read_facts', 'Beat',
+           'FactKind', 'Chat', 'World', 'beat_names', 'world_text', 'load_world', 'residue', 'is_held_out', 'allowed',
+           'Writer', 'Question', 'find_questions', 'Asked', 'ask_question', 'word_list', 'draw_set', 'letter_lines',
+           'draw_choices', 'make_choices', 'draw_word', 'spell', 'everyday_words', 'word_types', 'number_pairs',
+           'draw_sum', 'draw_large_sum', 'draw_program', 'draw_things', 'list_things', 'count_aloud', 'write_story',
+           'write_dialogue', 'write_scene', 'write_questions', 'write_facts', 'write_counting', 'write_arithmetic',
+           'write_spelling', 'Document', 'write_documents', 'Turn', 'casual', 'polite', 'talk_story', 'talk_reading',
+           'talk_reading_choice', 'exam_reading', 'exam_choice', 'talk_arithmetic', 'talk_large_sum', 'talk_spelling',
+           'talk_spelling_real', 'talk_spelling_made', 'talk_counting', 'talk_program', 'talk_facts',
+           'talk_facts_choice', 'talk_chat', 'talk_repeat', 'talk_mixed', 'Talk', 'write_conversations', 'Item',
+           'write_items', 'check_answer', 'Pattern', 'compile_pattern', 'find_patterns', 'Reader', 'check_story',
+           'entropy']
 
 # %% ../nbs/01_tinyworld.ipynb #f2b2afa0
 import itertools
@@ -636,7 +637,7 @@ def word_types(
     world = world or load_world()
     return set(everyday_words(world)) | set(word_list(world, "spelled"))
 
-# %% ../nbs/01_tinyworld.ipynb #baf06208
+# %% ../nbs/01_tinyworld.ipynb #2c21d042
 @cache
 def number_pairs(
     sign: str,  # "+", "-" or "*"
@@ -661,6 +662,46 @@ def draw_sum(
     sign = writer.choose("+-*")
     m, n = writer.choose(number_pairs(sign, 2, 9, writer.split) if writer.choose((0, 1)) else number_pairs(sign, 2, 99, writer.split, above=9))
     return sign, m, n, CALCULATE[sign](m, n)
+
+
+@cache
+def _large_numbers(split: str) -> list[list[int]]:
+    "Numbers of three digits, by the residue of the number that they are calculated with."
+    return allowed(list(range(100, 1000)), lambda n: (str(n),), split)
+
+
+def draw_large_sum(
+    writer: Writer,
+) -> tuple[str, int, int, int]:  # sign, two numbers, result
+    "A sum of three-digit numbers."
+    sign, m = writer.choose("+-*"), writer.choose(range(100, 1000))
+    n = writer.choose(_large_numbers(writer.split)[residue(str(m)) % 10])
+    if sign == "-" and m < n:
+        m, n = n, m
+    return sign, m, n, CALCULATE[sign](m, n)
+
+
+STEPS = [(verb.format(n), sign, n) for verb, sign in (("adds {}", "+"), ("takes away {}", "-"), ("multiplies by {}", "*")) for n in range(2, 21)]
+
+
+@cache
+def _steps(split: str) -> list[list[tuple[str, str, int]]]:
+    "What the last step of a program may do, by the residue of the steps before."
+    return allowed(STEPS, lambda step: (step[0],), split)
+
+
+def draw_program(
+    writer: Writer,
+) -> tuple[str, str, str]:  # what it does in words, the program, and a line that tests it
+    "A function of one or two steps."
+    steps = [writer.choose(STEPS)] if writer.choose((0, 1)) else []
+    steps.append(writer.choose(_steps(writer.split)[sum(residue(words) for words, *_ in steps) % 10]))
+    code, inputs = "x", (0, 1, 5, 20)
+    values = inputs
+    for _, sign, n in steps:
+        code = f"({code}) {sign} {n}" if " " in code else f"{code} {sign} {n}"
+        values = [CALCULATE[sign](value, n) for value in values]
+    return " and then ".join(words for words, *_ in steps), f"def f(x): return {code}", f"assert [f(x) for x in {inputs}] == {list(values)}"
 
 
 @cache
@@ -890,16 +931,25 @@ def exam_choice(writer: Writer) -> list[Turn]:
     "The same with the choices in the question."
     return _talk_reading(writer, ("story",), 1, choice=True)
 
-# %% ../nbs/01_tinyworld.ipynb #d5ee0d40
-def talk_arithmetic(writer: Writer) -> list[Turn]:
+# %% ../nbs/01_tinyworld.ipynb #4ce95979
+def _talk_sum(writer: Writer, sign: str, m: int, n: int, result: int) -> list[Turn]:
     "A sum, done with the calculator."
-    sign, m, n, result = draw_sum(writer)
     user = polite(writer, writer.phrase(ASK_SIGN[sign], m=str(m), n=str(n)))
     lead = writer.choose(("", "Let me calculate. "))
     parts = [{"type": "text", "text": lead}] if lead else []
     parts += [{"type": "python", "text": f"{m}{sign}{n}"}, {"type": "python_output", "text": str(result)},
               {"type": "text", "text": f"{m} {sign} {n} is {result}."}]
     return [Turn(user, parts, str(result))]
+
+
+def talk_arithmetic(writer: Writer) -> list[Turn]:
+    "A sum of one-digit or two-digit numbers."
+    return _talk_sum(writer, *draw_sum(writer))
+
+
+def talk_large_sum(writer: Writer) -> list[Turn]:
+    "A sum of three-digit numbers."
+    return _talk_sum(writer, *draw_large_sum(writer))
 
 
 def _talk_spelling(writer: Writer, source: str) -> list[Turn]:
@@ -931,7 +981,13 @@ def talk_counting(writer: Writer) -> list[Turn]:
     user = polite(writer, writer.phrase("ask_count", list=list_things(things)))
     return [Turn(user, count_aloud(thing, things), str(len(things)))]
 
-# %% ../nbs/01_tinyworld.ipynb #f95d1d08
+# %% ../nbs/01_tinyworld.ipynb #56bd3571
+def talk_program(writer: Writer) -> list[Turn]:
+    "A small program."
+    steps, code, test = draw_program(writer)
+    return [Turn(polite(writer, writer.phrase("ask_program", steps=steps)), code, test)]
+
+
 @cache
 def _fact_questions(world: World, name: str, split: str) -> list[tuple[tuple[dict, dict], Sentence]]:
     "The facts of a kind with the ways of asking that a split may use."
@@ -1000,13 +1056,13 @@ def talk_mixed(writer: Writer) -> list[Turn]:
         turns += topic(writer) if topic else [_chat_turn(writer, writer.choose(list(writer.world.chats)))]
     return turns
 
-# %% ../nbs/01_tinyworld.ipynb #966b8a28
+# %% ../nbs/01_tinyworld.ipynb #71fe0f6b
 CONVERSATIONS: dict[str, tuple[float, Callable[[Writer], list[Turn]]]] = {  # kind: (weight, how to write it)
     "story": (4, talk_story), "reading": (3, talk_reading), "reading_choice": (1.5, talk_reading_choice),
     "arithmetic": (1, talk_arithmetic), "spelling": (3, talk_spelling), "spelling_real": (1.5, talk_spelling_real),
     "counting": (1.5, talk_counting),
     "facts": (1.2, talk_facts), "facts_choice": (0.5, talk_facts_choice), "chat": (1, talk_chat), "repeat": (0.5, talk_repeat),
-    "mixed": (0.6, talk_mixed)}
+    "program": (1, talk_program), "mixed": (0.6, talk_mixed)}
 
 
 class Talk(NamedTuple):
@@ -1029,17 +1085,17 @@ def write_conversations(
                     for role, content in (("user", turn.user), ("assistant", turn.reply))]
         yield Talk(messages, bits, kind)
 
-# %% ../nbs/01_tinyworld.ipynb #0ed2ff32
+# %% ../nbs/01_tinyworld.ipynb #78c8405d
 ITEMS: dict[str, Callable[[Writer], list[Turn]]] = {  # kind: how to write one
     "reading": exam_reading, "choice": exam_choice, "arithmetic": talk_arithmetic, "spelling": talk_spelling,
     "spelling_real": talk_spelling_real, "spelling_made": talk_spelling_made, "counting": talk_counting,
-    "facts": talk_facts, "facts_choice": talk_facts_choice}
+    "facts": talk_facts, "facts_choice": talk_facts_choice, "large_sums": talk_large_sum, "programs": talk_program}
 
 
 class Item(NamedTuple):
     "A question with its answer."
-    messages: list[dict]  # ends with a user's turn
-    answer: str  # a line, a number, a word
+    messages: list[dict]  # the question, and the reply that we would like
+    answer: str  # a line, a number, a word; for a program, the line that tests it
     choices: list[str]  # replies to choose from; empty unless multiple choice
     kind: str  # one of ITEMS
     plain: str  # the question as a document puts it; empty if documents have no such question
@@ -1059,18 +1115,19 @@ def write_items(
     for _ in range(n):
         writer.begin()
         turn = ITEMS[kind](writer)[0]
-        items.append(Item([{"role": "user", "content": turn.user}], turn.answer, list(turn.choices), kind, turn.plain))
+        messages = [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply}]
+        items.append(Item(messages, turn.answer, list(turn.choices), kind, turn.plain))
     return items
 
 
 def check_answer(
-    item: Item,
+    item: Item,  # of any kind but "programs", which have to be run
     reply: str,  # what a model said, as plain text
 ) -> bool:
     "Whether a reply is right: its line, its last number, its last row of letters, or the word that it has to contain."
     if item.answer.startswith("- "):
         return reply.strip() == item.answer
-    if item.kind in ("arithmetic", "counting"):
+    if item.kind in ("arithmetic", "large_sums", "counting"):
         numbers = re.findall(r"-?\d+", reply)
         return bool(numbers) and numbers[-1] == item.answer
     if item.kind.startswith("spelling"):

@@ -44,7 +44,7 @@ def test_two_ranks_equal_one(base):
     one, two = losses("one"), losses("two")
     assert one.keys() == two.keys() == set(range(1, 21))
     assert max(abs(one[step] - two[step]) for step in one) < 1e-5
-    assert abs(Run("one").records("base", "summary")[0]["bpb"] - Run("two").records("base", "summary")[0]["bpb"]) < 1e-5
+    assert abs(Run("one").records("base", "summary")[0]["result"] - Run("two").records("base", "summary")[0]["result"]) < 1e-5
 
 
 def test_accumulation_equals_one_large_batch(base):
