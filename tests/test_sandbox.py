@@ -39,22 +39,26 @@ def namespaces(request):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path):
+def nothing_left(monkeypatch, tmp_path):  # pytest makes its own directory first
     "No process, no directory, no file is left behind by any test of this file."
     before = leftovers()
-    yield
-    end = time.time() + 2
-    while (after := leftovers()) != before and time.time() < end:
+    with tempfile.TemporaryDirectory(prefix="nanochat-test-") as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
+        assert os.listdir(folder) == []
+    end = time.time() + 3
+    while leftovers() - before and time.time() < end:
         time.sleep(0.05)
-    assert after == before
+    assert leftovers() <= before
 
 
 def leftovers():
-    "Directories of ours, shared memory, and processes that run our script."
-    found = {str(path) for path in Path(tempfile.gettempdir()).glob("nanochat-sandbox-*")}
-    found |= {str(path) for path in Path("/dev/shm").glob("*nanochat-test*")} if Path("/dev/shm").exists() else set()
-    lines = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
-    return found | {line for line in lines if "-I -S -X utf8" in line and "sandbox.py" in line}
+    "Shared memory of ours, and processes that run our script."
+    found = {str(path) for path in Path("/dev/shm").glob("*nanochat-test*")} if Path("/dev/shm").exists() else set()
+    lines = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    return found | {line for line in lines if f"-I -S -X utf8 {sandbox.__file__}" in line}
 
 
 def check_failure(code, namespaces, *reasons, limits=FAST):
@@ -216,25 +220,26 @@ def test_no_way_up():
     assert run_program("import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nexcept ValueError: pass\nelse: assert 0", FAST).passed
 
 
-def test_it_dies_with_us():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process when its parent is killed")
+def test_it_dies_with_us(namespaces):
     "A program ends when the process that started it is killed."
-    code = "from nanochat.sandbox import *\nrun_program('import time\\ntime.sleep(60)', Limits(seconds=60))"
-    before = leftovers()
+    code = f"from nanochat.sandbox import *\nrun_program('import time\\ntime.sleep(60)', Limits(seconds=60), {namespaces})"
+    before, wanted = leftovers(), 3 if namespaces else 1
     ours = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     end = time.time() + 20
-    while len(scripts(leftovers() - before)) < (1 if sandbox.find_mode() == "guards" else 3) and time.time() < end:
+    while len(leftovers() - before) != wanted and time.time() < end:
         time.sleep(0.1)
-    assert scripts(leftovers() - before)
+    time.sleep(0.3)  # the empty program that finds the mode has ended by now
+    while len(leftovers() - before) != wanted and time.time() < end:
+        time.sleep(0.1)
+    assert len(leftovers() - before) == wanted
     ours.kill(), ours.wait()
-    while scripts(leftovers() - before) and time.time() < end and sys.platform == "linux":
+    end = time.time() + 3
+    while leftovers() - before and time.time() < end:
         time.sleep(0.1)
-    assert not scripts(leftovers() - before)
-    for path in leftovers() - before:  # nobody was left to remove it
-        Path(path).rmdir()
-
-
-def scripts(found):
-    return {line for line in found if "sandbox.py" in line}
+    assert not leftovers() - before
+    for path in Path(tempfile.tempdir).glob("nanochat-sandbox-*"):  # nobody was left to remove it, and it is empty
+        path.rmdir()
 
 
 def test_many_at_once(namespaces):
