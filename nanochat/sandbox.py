@@ -269,7 +269,7 @@ def isolate(
     become_nobody(user)
     sys.addaudithook(refuse_init)
 
-# %% ../nbs/33_sandbox.ipynb #fe61cfac
+# %% ../nbs/33_sandbox.ipynb #c1eba9cd
 READS = {"os.listdir", "os.scandir"}
 WRITES = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.chmod", "os.truncate", "os.utime", "os.chdir"}
 HARMLESS = {"os.putenv", "os.unsetenv", "os.walk", "os.fwalk"}
@@ -343,9 +343,14 @@ def enter_guarded(
         while path != "/":
             is_open, path = is_open and bool(os.stat(path).st_mode & 1), os.path.dirname(path)
         if is_open or sys.platform == "linux":
-            os.chmod(os.getcwd(), 0o777)
+            for user in (2_000_000_000 + os.getpid(), 65534):
+                try:
+                    os.chown(os.getcwd(), user, user)
+                    break
+                except OSError:
+                    continue  # the first number may be unknown in a container
             try:
-                become_nobody(2_000_000_000 + os.getpid(), keep_reading=not is_open)
+                become_nobody(user, keep_reading=not is_open)
             except PermissionError:  # a root without the right to become somebody else, as in some containers
                 become_nobody(None)
     die_with_parent(numbers["parent"])  # last: a change of user undoes it
@@ -406,10 +411,10 @@ class Outcome:
 class SandboxError(RuntimeError):
     "The sandbox itself failed, not the program in it."
 
-# %% ../nbs/33_sandbox.ipynb #1ec97f0d
+# %% ../nbs/33_sandbox.ipynb #f597755a
 def read_output(
-    process: "subprocess.Popen[bytes]",
-    limits: "Limits",
+    process: subprocess.Popen[bytes],
+    limits: Limits,
     deadline: float,  # on time.perf_counter's clock
 ) -> tuple[bytes, str]:  # what was printed, and the limit that was passed or ""
     "Read what a process prints until it ends, passes a limit, or its time is over."
@@ -433,7 +438,7 @@ def read_output(
 
 
 def stop_process(
-    process: "subprocess.Popen[bytes]",  # the leader of its group
+    process: subprocess.Popen[bytes],  # the leader of its group
     directory: str,  # removed
 ) -> None:
     "End a process and all of its group, and remove its directory."
@@ -453,12 +458,12 @@ def stop_process(
         subprocess.run(["chmod", "-R", "u+rwx", directory], capture_output=True)
         subprocess.run(["rm", "-rf", directory], capture_output=True)
 
-# %% ../nbs/33_sandbox.ipynb #274f14d8
+# %% ../nbs/33_sandbox.ipynb #eef7c2b8
 def judge(
     data: bytes,  # all that came out
     nonce: str,
     code: int,  # exit code: negative or above 128 for a signal
-    limits: "Limits",
+    limits: Limits,
 ) -> tuple[str, bytes]:  # the reason, "" if it passed, and the program's own output
     "Find the verdict. Raises `SandboxError` if the sandbox itself failed."
     output, found, rest = data.partition(f"\n{nonce} ".encode())
@@ -477,9 +482,9 @@ def judge(
 
 def launch(
     code: str,
-    limits: "Limits",
+    limits: Limits,
     mode: str,  # "root", "user" or "guards", from find_mode
-) -> "Outcome":
+) -> Outcome:
     "Run a program in a process of its own. Raises `SandboxError` if that can't be set up."
     nonce, start = secrets.token_hex(16), time.perf_counter()
     scratch = tempfile.mkdtemp(prefix="nanochat-sandbox-")
@@ -503,7 +508,7 @@ def launch(
     reason = stopped or reason
     return Outcome(not reason, reason, output[: 2**16].decode("utf-8", "replace"), time.perf_counter() - start)
 
-# %% ../nbs/33_sandbox.ipynb #1fccdb60
+# %% ../nbs/33_sandbox.ipynb #ae6fc392
 @functools.cache
 def find_mode(
     namespaces: bool = True,  # False: don't try them
@@ -526,19 +531,19 @@ def find_mode(
 
 def run_program(
     code: str,  # a Python program
-    limits: "Limits" = Limits(),
+    limits: Limits = Limits(),
     namespaces: bool = True,  # False: behind guards only, even where there are namespaces
-) -> "Outcome":
+) -> Outcome:
     "Run a program that nobody has read, and say whether it ran to its end. Raises `UserError` on Windows."
     return launch(code, limits, find_mode(namespaces))
 
 
 def run_programs(
-    codes: "Sequence[str]",
-    limits: "Limits" = Limits(),
+    codes: Sequence[str],
+    limits: Limits = Limits(),
     namespaces: bool = True,  # as for run_program
     workers: int | None = None,  # programs at a time; None: as many as there are cores
-) -> "list[Outcome]":  # in the order of `codes`
+) -> list[Outcome]:  # in the order of `codes`
     "Run many programs side by side."
     find_mode(namespaces)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
