@@ -137,7 +137,7 @@ def draw_examples(
     chosen = random.Random(1234 + index).sample(range(len(items) - 1), shots) if shots else []
     return [items[i + (i >= index)] for i in chosen]
 
-# %% ../nbs/41_core.ipynb #da74e7a6
+# %% ../nbs/41_core.ipynb #78f689b6
 KEYS = {"multiple_choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
         "language_modeling": ("context", "continuation")}
 
@@ -192,7 +192,8 @@ def read_bundle(
         tasks = [CoreTask(entry["label"], entry["icl_task_type"], folder / "eval_data" / entry["dataset_uri"], int(entry["num_fewshot"][0]),
                           entry.get("continuation_delimiter", " "), percent[entry["label"]] / 100) for entry in entries]
     except (OSError, KeyError, IndexError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} is no evaluation bundle ({type(error).__name__}: {error}); fetch it again: nanochat fetch core") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} is no evaluation bundle ({type(error).__name__}: {reason}); fetch it again: nanochat fetch core") from error
     for task in tasks:
         if task.kind not in KEYS:
             raise UserError(f"{folder / 'core.yaml'}: task {task.name} is of unknown kind {task.kind!r}; fetch the bundle again: nanochat fetch core")
