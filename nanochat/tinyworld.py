@@ -1056,13 +1056,13 @@ def talk_mixed(writer: Writer) -> list[Turn]:
         turns += topic(writer) if topic else [_chat_turn(writer, writer.choose(list(writer.world.chats)))]
     return turns
 
-# %% ../nbs/01_tinyworld.ipynb #71fe0f6b
+# %% ../nbs/01_tinyworld.ipynb #cab41caf
 CONVERSATIONS: dict[str, tuple[float, Callable[[Writer], list[Turn]]]] = {  # kind: (weight, how to write it)
     "story": (4, talk_story), "reading": (3, talk_reading), "reading_choice": (1.5, talk_reading_choice),
     "arithmetic": (1, talk_arithmetic), "spelling": (3, talk_spelling), "spelling_real": (1.5, talk_spelling_real),
     "counting": (1.5, talk_counting),
     "facts": (1.2, talk_facts), "facts_choice": (0.5, talk_facts_choice), "chat": (1, talk_chat), "repeat": (0.5, talk_repeat),
-    "program": (1, talk_program), "mixed": (0.6, talk_mixed)}
+    "program": (0.5, talk_program), "mixed": (0.6, talk_mixed)}
 
 
 class Talk(NamedTuple):
