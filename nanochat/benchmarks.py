@@ -65,7 +65,7 @@ def fetch_hub(
         raise UserError(f"{data.repo} could not be fetched ({str(error).splitlines()[0]}): on a machine with internet, nanochat fetch {name}") from error
     return target / data.folder
 
-# %% ../nbs/43_benchmarks.ipynb #03ed17e6
+# %% ../nbs/43_benchmarks.ipynb #553228ba
 def read_hub(
     name: str,  # a key of HUB_DATA
     split: str,  # "train" or "test"
@@ -85,7 +85,7 @@ def read_hub(
     try:
         rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", cache_dir=str(base_dir() / "hub" / ".cache"))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise UserError(f"{files[0].parent} holds a damaged file: delete the folder, and nanochat fetch {name}") from error
+        raise UserError(f"{files[0].parent} holds a damaged or an empty file: delete the folder, and nanochat fetch {name}") from error
     if missing := set(data.columns) - set(rows.column_names):
         raise UserError(f"{files[0]} has no column {min(missing)!r}; it has: {', '.join(rows.column_names)}")
     if not len(rows):

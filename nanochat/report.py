@@ -260,7 +260,7 @@ def _cell(score: dict) -> str:
     tries = list(score.get("pass_at", {}).items())[-1:]
     return f"{score['accuracy']:.0%} ({score['low']:.0%} to {score['high']:.0%})" + "".join(f", pass@{k} {p:.0%}" for k, p in tries)
 
-# %% ../nbs/57_report.ipynb #e3f3a7de
+# %% ../nbs/57_report.ipynb #3e3b0702
 def core_scores(
     records: Sequence[dict],
 ) -> dict[str, list[dict]]:  # source -> records, one for each task
@@ -300,7 +300,7 @@ def describe_rl(
     if len(evals) < 2:
         return ""
     first, last = evals[0], evals[-1]
-    return (f"{config['settings']['task']}, held out, one try: {_cell(first)} before, {_cell(last)} after {last['step']} steps of "
+    return (f"{last['task']}, held out, one try: {_cell(first)} before, {_cell(last)} after {last['step']} steps of "
             f"{config['settings']['questions']} questions with {config['settings']['samples']} replies each.\n")
 
 # %% ../nbs/57_report.ipynb #23527456

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'sample_group', 'advantages', 'policy_loss', 'RLConfig', 'QuestionLoader', 'RLTrainer', 'run_rl']
 
-# %% ../nbs/55_rl.ipynb #9a8e85f1
+# %% ../nbs/55_rl.ipynb #ab0f3705
 import random
 from dataclasses import dataclass
 from statistics import mean
@@ -19,7 +19,7 @@ from .common import Ranks, UserError, get_device
 from .conversation import parse_reply, plain_text, render_prompt
 from .engine import Engine
 from .midtrain import sample_chat
-from .mixtures import load_task
+from .mixtures import load_mixture, load_task, read_numbers
 from .run import Run
 from .tasks import Example, Task
 from .train import TrainConfig, Trainer, describe_machine, estimate_bytes, load_model, process_group, train
@@ -78,20 +78,20 @@ def policy_loss(
     y = torch.tensor([[t if m else -1 for t, m in zip(r.ids[1:], r.mask[1:])] + [-1] * (width + 1 - len(r.ids)) for r in rollouts], device=device)
     return (model(x, y, reduction="none") * torch.tensor(weights, device=device)[:, None]).sum() / total
 
-# %% ../nbs/55_rl.ipynb #fe32eb4c
+# %% ../nbs/55_rl.ipynb #42dce09f
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
     "Settings of reinforcement learning."
     STAGE = "rl"
-    task: str = "large_sums"  # what is practised: an open task with a train split
+    mixture: str = "large_sums=3000,arithmetic=1000"  # what is practised: open tasks, and how many questions of each
     questions: int = 16  # of one step, over all ranks
     samples: int = 16  # replies to each question
-    steps: int = 0  # how many; 0: each question of the task once
-    practice: int = 4000  # different questions of a generated task
+    steps: int = 0  # how many; 0: each question once
     max_tokens: int = 60  # of a reply
     temperature: float = 1.0  # of sampling
     top_k: int = 50  # of sampling
-    exam: int = 100  # held-out questions of a measurement, with eight replies each
+    exam: str = ""  # the task that is measured on the way; empty: the first of the mixture
+    exam_items: int = 100  # its held-out questions, with eight replies each
     lr_scale: float = 0.05  # small steps
     cooldown: float = 1.0  # falling from the first step
 
@@ -190,7 +190,7 @@ class RLTrainer(Trainer):
         seconds = 2 * (time.perf_counter() - start) * (self.steps - self.step)
         return seconds, estimate_bytes(self.model.config, self.model.num_params(), self.cfg.device_rows * longest)
 
-# %% ../nbs/55_rl.ipynb #0ad02d0c
+# %% ../nbs/55_rl.ipynb #45bf5a7f
 def run_rl(
     cfg: RLConfig,
 ) -> None:
@@ -203,10 +203,10 @@ def run_rl(
         raise UserError(f"run {run.name!r} has no finished sft model to go on from: nanochat run --run {run.name} --stages sft")
     model, tokenizer, _ = load_model(run, "sft", device)
     with process_group(device) as ranks:
-        task = load_task(cfg.task, cfg.practice, seed=cfg.seed, split="train")
-        exam = load_task(cfg.task, cfg.exam, split="test")
-        if task.check is None or task.is_choice:
-            raise UserError(f"{cfg.task} can't be practised: its replies are not written and checked; --set rl.task=large_sums")
+        task, names = load_mixture(cfg.mixture, cfg.seed), [name for name, _ in read_numbers(cfg.mixture)]
+        exam = load_task(cfg.exam or names[0], cfg.exam_items)
+        if task.check is None or exam.check is None or any(example.choices for example in (*task, exam[0])):
+            raise UserError(f"{cfg.mixture} can't be practised, since not all of its replies are written and checked: --set rl.mixture=large_sums=3000")
         if ranks.is_main:
             run.log("rl", "environment", **describe_machine(device))
         loader, asked = QuestionLoader(len(task), cfg.questions, ranks, cfg.seed), tuple(e.question[-1]["content"] for e in exam[:4])

@@ -8,14 +8,14 @@ __all__ = ['WORLD_KINDS', 'WORDS_URL', 'ASK_LETTERS', 'ASK_SPELLING', 'Example',
            'read_words', 'final_number', 'check_number', 'write_letters', 'spelling_example', 'counting_example',
            'spelling_task']
 
-# %% ../nbs/42_tasks.ipynb #c2727f1c
+# %% ../nbs/42_tasks.ipynb #75d33889
 import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .common import UserError, base_dir
 from .dataset import fetch_file
 from .sandbox import run_program
 
-# %% ../nbs/42_tasks.ipynb #4422cb23
+# %% ../nbs/42_tasks.ipynb #128d0017
 @dataclass(frozen=True)
 class Example:
     "One conversation, and what a right reply to its last question is."
@@ -33,13 +33,14 @@ class Example:
     answer: str = ""  # the right answer: a number, a word, a reply on offer, or code that tests a program
     choices: tuple[str, ...] = ()  # replies on offer, one of them right; empty for an open question
     opening: str = ""  # plain text that puts the same question to a model that has not learnt to converse
+    task: str = ""  # the task that it comes from, where several are joined
 
     @property
     def question(self) -> list[dict]:
         "The conversation up to the reply."
         return self.messages[:-1]
 
-# %% ../nbs/42_tasks.ipynb #c31b46dc
+# %% ../nbs/42_tasks.ipynb #c7bfa544
 class View(Sequence):
     "Some items of a sequence, in some order, each made when it is asked for."
 
@@ -74,10 +75,11 @@ class Chain(Sequence):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, number: int) -> Any:
-        part = bisect_right(self.ends, range(len(self))[number])
+        number = range(len(self))[number]  # from the end, if it is negative
+        part = bisect_right(self.ends, number)
         return self.parts[part][number - self.ends[part]]
 
-# %% ../nbs/42_tasks.ipynb #701a211e
+# %% ../nbs/42_tasks.ipynb #777388b8
 @dataclass(frozen=True)
 class Task:
     "Conversations of one kind, and the rule that says which replies are right."
@@ -119,8 +121,16 @@ class Task:
 def join_tasks(
     tasks: Sequence[Task],  # one named twice is there twice
 ) -> Task:
-    "Tasks one after another: a curriculum."
-    return Task("+".join(task.name for task in tasks), Chain([task.examples for task in tasks]))
+    "Tasks one after another: a curriculum. A reply is checked by the rule of the task that its question comes from."
+    checks = {task.name: task.check for task in tasks}
+    parts = [View(task.examples, make=partial(_set_task, task.name)) for task in tasks]
+    check = (lambda example, reply: checks[example.task](example, reply)) if all(checks.values()) else None
+    return Task("+".join(checks), Chain(parts), check)
+
+
+def _set_task(name: str, example: Example) -> Example:
+    "The same example with the name of its task."
+    return replace(example, task=example.task or name)
 
 
 def mix_tasks(

@@ -4,38 +4,19 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import NANOCHAT, call_nanochat
 from test_checkpoint import small_disk
 
 from nanochat.run import Run
 
-NANOCHAT = Path(sys.executable).with_name("nanochat")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    "A base directory that the tests of this file share."
-    return tmp_path_factory.mktemp("base")
-
-
-def nanochat(base, *arguments, **kwargs):
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
-    return subprocess.run([NANOCHAT, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def demo(base):
-    "A finished run of the demo preset, and what it printed."
-    return nanochat(base, "run", "--preset", "demo")
-
 
 def test_before_anything_is_trained(tmp_path):
     for command in (["chat", "-p", "hello"], ["report"], ["eval"]):
-        result = nanochat(tmp_path, *command)
+        result = call_nanochat(tmp_path, *command)
         assert result.returncode == 2 and "nanochat run --preset tiny" in result.stderr
         assert result.stderr.count("\n") == 1
 
@@ -44,21 +25,21 @@ def test_relative_paths_mean_the_callers_directory(tmp_path):
     (tmp_path / "texts").mkdir()
     for name in ("a", "b"):
         (tmp_path / "texts" / f"{name}.txt").write_text("".join(f"Line {i} of {name}: the cat sat on mat number {i * i}.\n\n" for i in range(3000)))
-    result = nanochat("mine", "run", "--preset", "demo", "--run", "r", "--corpus", "folder:texts", "--vocab-size", "300", "--stages", "tokenizer",
+    result = call_nanochat("mine", "run", "--preset", "demo", "--run", "r", "--corpus", "folder:texts", "--vocab-size", "300", "--stages", "tokenizer",
                       cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "mine" / "runs" / "r" / "tokenizer").is_dir()
-    again = nanochat("mine", "run", "--run", "r", "--stages", "tokenizer", cwd=tmp_path)  # a run remembers its preset, corpus and shape
+    again = call_nanochat("mine", "run", "--run", "r", "--stages", "tokenizer", cwd=tmp_path)  # a run remembers its preset, corpus and shape
     assert again.returncode == 0 and "is complete" in again.stdout, again.stdout + again.stderr
 
 
 def test_a_full_disk_says_so_and_the_run_goes_on(tmp_path):
     with small_disk(tmp_path / "disk", 8_000_000) as disk:
         arguments = ("run", "--preset", "demo", "--stages", "tokenizer,base")
-        full = nanochat(disk, *arguments)
+        full = call_nanochat(disk, *arguments)
         assert full.returncode == 2 and full.stderr.count("\n") == 1 and "no space left on the disk" in full.stderr, full.stderr
         subprocess.run(["mount", "-o", "remount,size=64000000", str(disk)], check=True)
-        again = nanochat(disk, *arguments)
+        again = call_nanochat(disk, *arguments)
         assert again.returncode == 0, again.stdout + again.stderr
 
 
@@ -79,25 +60,25 @@ def test_demo_runs_all_stages(base, demo, monkeypatch):
 
 def test_a_complete_run_is_not_run_again(base, demo):
     before = (base / "runs" / "demo" / "metrics.jsonl").read_text()
-    result = nanochat(base, "run", "--preset", "demo", "--stages", "tokenizer,base,mid")
+    result = call_nanochat(base, "run", "--preset", "demo", "--stages", "tokenizer,base,mid")
     assert result.returncode == 0 and result.stdout.count("is complete") == 3
     assert (base / "runs" / "demo" / "metrics.jsonl").read_text() == before
 
 
 def test_commands_on_a_run(base, demo):
-    assert nanochat(base, "chat", "-p", "Hello!").stdout.strip()
-    assert nanochat(base, "chat", "-p", "Hello!", "--source", "base").returncode == 0
-    same = [nanochat(base, "chat", "-p", "Hello!", "--temperature", "0").stdout for _ in range(2)]
+    assert call_nanochat(base, "chat", "-p", "Hello!").stdout.strip()
+    assert call_nanochat(base, "chat", "-p", "Hello!", "--source", "base").returncode == 0
+    same = [call_nanochat(base, "chat", "-p", "Hello!", "--temperature", "0").stdout for _ in range(2)]
     assert same[0] == same[1]
-    assert "done: tokenizer, base, mid, sft" in nanochat(base, "info").stdout
-    assert nanochat(base, "report").stdout.strip().endswith("report.md")
-    result = nanochat(base, "eval", "--tasks", "reading", "--max-problems", "5", "--source", "sft")
+    assert "done: tokenizer, base, mid, sft" in call_nanochat(base, "info").stdout
+    assert call_nanochat(base, "report").stdout.strip().endswith("report.md")
+    result = call_nanochat(base, "eval", "--tasks", "reading", "--max-problems", "5", "--source", "sft")
     assert re.search(r"sft +reading +\d", result.stdout)
-    assert "ready" in nanochat(base, "doctor").stdout
+    assert "ready" in call_nanochat(base, "doctor").stdout
 
 
 def test_chat_is_a_conversation(base, demo):
-    result = nanochat(base, "chat", input="Hello!\n/reset\n/help\n\nTell me a story.\n/quit\n")
+    result = call_nanochat(base, "chat", input="Hello!\n/reset\n/help\n\nTell me a story.\n/quit\n")
     assert result.returncode == 0 and "forgotten" in result.stdout and result.stdout.count("> ") >= 5
 
 
@@ -133,7 +114,7 @@ def test_control_c_stops_a_reply_and_not_the_chat(base, demo):
     (["fetch", "wikipedia"], ["wikipedia", "tinyworld"]),
 ])
 def test_mistakes_get_one_sentence(base, demo, arguments, words):
-    result = nanochat(base, *arguments)
+    result = call_nanochat(base, *arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     assert all(word in result.stderr for word in words), result.stderr
     assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
@@ -147,7 +128,7 @@ def test_mistakes_get_one_sentence(base, demo, arguments, words):
 def test_bad_folders_get_one_sentence(base, tmp_path, files, words):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    result = nanochat(base, "run", "--preset", "demo", "--run", "folder", "--stages", "tokenizer", "--corpus", f"folder:{tmp_path}")
+    result = call_nanochat(base, "run", "--preset", "demo", "--run", "folder", "--stages", "tokenizer", "--corpus", f"folder:{tmp_path}")
     assert result.returncode == 2 and all(word in result.stderr for word in words), result.stderr
 
 
@@ -165,14 +146,13 @@ def test_killed_in_the_middle_it_goes_on(base, monkeypatch):
         os.kill(pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
-    result = nanochat(base, *command)
+    result = call_nanochat(base, *command)
     assert result.returncode == 0 and "goes on from step" in result.stdout, result.stdout + result.stderr
     assert [r["step"] for r in run.records("base", "step")] == list(range(1, 101))
 
 
-@pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_DATA"), reason="set NANOCHAT_TEST_DATA to a folder of real text")
-def test_real_text(base):
-    folder = Path(os.environ["NANOCHAT_TEST_DATA"]) / "text"
-    result = nanochat(base, "run", "--preset", "demo", "--run", "real", "--corpus", f"folder:{folder}", "--stages", "tokenizer,base,report")
+def test_real_text(base, real_data):
+    folder = real_data / "text"
+    result = call_nanochat(base, "run", "--preset", "demo", "--run", "real", "--corpus", f"folder:{folder}", "--stages", "tokenizer,base,report")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "bits per byte" in (base / "runs" / "real" / "report.md").read_text()

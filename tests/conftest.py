@@ -1,0 +1,51 @@
+"""What several files of tests share: real data, and a finished run of the demo preset."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NANOCHAT = Path(sys.executable).with_name("nanochat")
+
+
+def call_nanochat(base, *arguments, environment=None, **kwargs):
+    "The command line with a base directory, as a user types it."
+    variables = {**os.environ, "NANOCHAT_BASE_DIR": str(base), **(environment or {})}
+    return subprocess.run([NANOCHAT, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    "A base directory that all tests of the command line share."
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture(scope="session")
+def demo(base):
+    "A finished run of the demo preset, and what it printed."
+    return call_nanochat(base, "run", "--preset", "demo")
+
+
+@pytest.fixture
+def demo_run(base, demo, tmp_path, monkeypatch):
+    "A copy of the demo run in a base directory of the test's own."
+    from nanochat.run import Run
+
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    shutil.copytree(base / "runs" / "demo", tmp_path / "runs" / "demo")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_PROGRESS", "lines")
+    return Run("demo")
+
+
+@pytest.fixture
+def real_data():
+    "The folder of real data. Without one the test is skipped, and fails in CI."
+    folder = os.environ.get("NANOCHAT_TEST_DATA")
+    if folder is None and os.environ.get("CI"):
+        pytest.fail("CI must set NANOCHAT_TEST_DATA")
+    if folder is None:
+        pytest.skip("set NANOCHAT_TEST_DATA to a folder of real data")
+    return Path(folder)

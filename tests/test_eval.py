@@ -1,0 +1,204 @@
+"""Accuracies against a straightforward implementation: one question at a time, no batches, no cache, no shared beginnings."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import call_nanochat
+
+from nanochat.chat_eval import count_right, score_choices, score_task, write_replies
+from nanochat.common import UserError
+from nanochat.conversation import check_messages
+from nanochat.engine import Engine
+from nanochat.evaluate import EvalConfig, run_evaluate
+from nanochat.mixtures import TASKS, load_task
+from nanochat.tasks import Example, Task
+from nanochat.tools import calculate
+from nanochat.train import load_model
+
+PUBLIC = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee", "simple_spelling")
+LONGEST = 40  # tokens of a reply
+
+
+def encode_question(tokenizer, example, converse, room):
+    "The prompt, from the format's definition."
+    if not converse and example.opening:
+        ids = [tokenizer.bos, *tokenizer.encode(example.opening)]
+    else:
+        ids = [tokenizer.bos]
+        for message in check_messages(example.question):
+            assert message["role"] == "user"
+            ids += [tokenizer.special["<|user_start|>"], *tokenizer.encode(message["content"]), tokenizer.special["<|user_end|>"]]
+        ids += [tokenizer.special["<|assistant_start|>"]]
+    return ids[-room:]
+
+
+@torch.no_grad()
+def reference_choice(model, tokenizer, example, converse):
+    "The likeliest reply, one forward pass for each."
+    plain, sums = not converse and example.opening, []
+    for choice in example.choices:
+        reply = tokenizer.encode(" " + choice if plain else choice)
+        ids = (encode_question(tokenizer, example, converse, 10**9) + reply)[-model.config.context :]
+        logs = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        sums.append(sum(logs[-len(reply) - 1 + i, token].item() for i, token in enumerate(reply)))
+    ranked = sorted(sums)
+    return example.choices[sums.index(ranked[-1])], ranked[-1] - ranked[-2]
+
+
+@torch.no_grad()
+def reference_reply(model, tokenizer, example, converse):
+    "The likeliest next token again and again, everything read anew each time."
+    special, context = tokenizer.special, model.config.context
+    ids = encode_question(tokenizer, example, converse, context - min(LONGEST, context // 2))
+    written, forced, call = [], [], None
+    while len(written) < LONGEST and len(ids) < context:
+        token = forced[0] if forced else model(torch.tensor([ids]))[0, -1].argmax().item()
+        if not forced and token in (tokenizer.bos, special["<|assistant_end|>"]):
+            break
+        forced = forced[1:]
+        ids, written = [*ids, token], [*written, token]
+        if token == special["<|python_start|>"]:
+            call = []
+        elif token == special["<|python_end|>"] and call is not None:
+            result, call = calculate(tokenizer.decode(call)), None
+            if result is not None:
+                forced += [special["<|output_start|>"], *tokenizer.encode(result), special["<|output_end|>"]]
+        elif call is not None:
+            call.append(token)
+    text = re.sub(r"<\|(python|output)_start\|>.*?(<\|\1_end\|>|$)", "", tokenizer.decode(written), flags=re.DOTALL)
+    return (example.opening if not converse and example.opening else "") + re.sub(r"<\|\w+\|>", "", text)
+
+
+@pytest.mark.parametrize("source", ["base", "sft"])
+@pytest.mark.parametrize("name", [*TASKS, *PUBLIC])
+def test_equal_to_one_question_at_a_time(demo_run, request, name, source):
+    if name in PUBLIC[:5]:
+        request.getfixturevalue("real_data")
+    model, tokenizer, _ = load_model(demo_run, source)
+    engine, task, converse = Engine(model, tokenizer), load_task(name, 50), source == "sft"
+    if name == "humaneval":
+        task = task[:20]
+    if task.is_choice:
+        expected, margins = zip(*(reference_choice(model, tokenizer, example, converse) for example in task))
+        for batch in (1, 32):
+            right = score_choices(engine, task, converse, batch)
+            assert all(margin < 1e-4 or r == task.check(e, choice) for r, e, choice, margin in zip(right, task, expected, margins))
+        return
+    expected = [reference_reply(model, tokenizer, example, converse) for example in task[:12]]
+    replies = [reply for (reply,) in write_replies(engine, list(task[:12]), max_tokens=LONGEST, converse=converse)]
+    assert replies == expected
+    all_replies = [reply for (reply,) in write_replies(engine, list(task), max_tokens=LONGEST, converse=converse)]
+    counted = count_right(engine, task, max_tokens=LONGEST, converse=converse)
+    assert counted == [int(task.check(e, reply)) for e, reply in zip(task, all_replies)]
+
+
+def test_a_stretch_of_samples_is_what_it_is_among_all(demo_run):
+    model, tokenizer, _ = load_model(demo_run, "sft")
+    examples = list(load_task("counting", 12))
+    settings = {"samples": 3, "temperature": 1.0, "max_tokens": 30}
+    whole = write_replies(Engine(model, tokenizer), examples, **settings)
+    assert whole[5:] == write_replies(Engine(model, tokenizer), examples[5:], first=5, **settings)
+    assert len({reply for replies in whole for reply in replies}) > 12
+
+
+RANKS = """
+import json, os, sys, torch, torch.distributed as dist
+from nanochat.chat_eval import score_task
+from nanochat.common import get_ranks
+from nanochat.engine import Engine
+from nanochat.mixtures import load_task
+from nanochat.run import Run
+from nanochat.train import load_model, process_group
+
+torch.set_num_threads(1)
+with process_group(torch.device("cpu")) as ranks:
+    model, tokenizer, _ = load_model(Run("demo"), "sft")
+    scores = [score_task(Engine(model, tokenizer), load_task(name, 21), samples=samples, max_tokens=40, ranks=ranks)
+              for name, samples in (("reading", 1), ("choice", 1), ("counting", 4), ("spelling", 1))]
+    if ranks.is_main:
+        print(json.dumps(scores))
+"""
+
+
+def test_two_ranks_equal_one(demo_run, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    outputs = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outputs.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert outputs[0] == outputs[1]
+
+
+def test_tasks_without_questions_or_answers(demo_run):
+    model, tokenizer, _ = load_model(demo_run, "sft")
+    for task, words in ((Task("empty", [], lambda e, r: True), "no questions"), (load_task("identity", 3), "no right answers")):
+        with pytest.raises(UserError, match=words):
+            score_task(Engine(model, tokenizer), task)
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end(demo_run):
+    model, tokenizer, _ = load_model(demo_run, "sft")
+    question = load_task("choice", 1)[0]
+    long = Example([{"role": "user", "content": "blah " * 3000 + question.question[0]["content"]}, question.messages[1]], question.answer, question.choices)
+    task = load_task("choice", 1)
+    assert score_choices(Engine(model, tokenizer), Task("long", [long], task.check)) in ([True], [False])
+    (reply,) = write_replies(Engine(model, tokenizer), [Example(long.messages, long.answer)], max_tokens=20)[0]
+    assert isinstance(reply, str)
+
+
+def test_scored_once_and_table_of_all_stages(demo_run, capsys):
+    cfg = EvalConfig(run="demo", tasks="arithmetic,choice", items=6)
+    run_evaluate(cfg)
+    asked = [(r["source"], r["task"]) for r in demo_run.records("eval", "score") if r["asked"]["items"] == 6]
+    assert asked == [(source, task) for source in ("base", "mid", "sft") for task in ("arithmetic", "choice")]
+    before = demo_run.metrics.read_text()
+    run_evaluate(cfg)
+    assert demo_run.metrics.read_text() == before and "is complete" in capsys.readouterr().out
+    result = call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "arithmetic,choice", "--max-problems", "6")
+    header, *rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in result.stdout.splitlines() if line.startswith("|")]
+    assert header == ["task", "questions", "chance", "base", "mid", "sft"] and [row[0] for row in rows[1:]] == ["arithmetic", "choice", "mean above chance"]
+    assert demo_run.metrics.read_text() == before
+
+
+def test_interrupted_it_goes_on_with_the_next_task(demo_run, monkeypatch):
+    import nanochat.evaluate as evaluate
+
+    cfg, ask = EvalConfig(run="demo", sources="sft", tasks="facts,counting,arithmetic", items=4), evaluate.ask_model
+
+    def interrupted(engine, name, *rest):
+        if name == "counting":
+            raise KeyboardInterrupt
+        return ask(engine, name, *rest)
+    monkeypatch.setattr(evaluate, "ask_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluate(cfg)
+    names = []
+    monkeypatch.setattr(evaluate, "ask_model", lambda engine, name, *rest: (names.append(name), ask(engine, name, *rest))[1])
+    run_evaluate(cfg)
+    assert names == ["counting", "arithmetic"]
+
+
+def test_core_and_public_tasks_on_the_command_line(demo_run, real_data):
+    base = demo_run.path.parent.parent
+    result = call_nanochat(base, "eval", "--source", "base", "--tasks", "core,arc_easy,gsm8k,humaneval", "--max-per-task", "12")
+    assert result.returncode == 0, result.stderr
+    assert "| partial score over 18 of 22 tasks |" in result.stdout and "CORE of GPT-2" in result.stdout
+    assert len(demo_run.records("eval", "core")) == 18
+    assert {r["task"] for r in demo_run.records("eval", "score")} >= {"arc_easy", "gsm8k", "humaneval"}
+    few = call_nanochat(base, "eval", "--source", "base", "--tasks", "core", "--max-per-task", "5")
+    assert few.returncode == 2 and "--max-per-task 11" in few.stderr and few.stderr.count("\n") == 1, few.stderr
+    report = call_nanochat(base, "report")
+    assert report.returncode == 0 and (demo_run.path / "figures" / "core.png").exists()
+    assert "partial score over 18 of 22 tasks" in (demo_run.path / "report.md").read_text()
+
+
+def test_core_that_is_not_there_names_the_command(demo_run):
+    result = call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "core", environment={"NANOCHAT_TEST_DATA": ""})
+    assert result.returncode == 2 and "nanochat fetch core" in result.stderr and result.stderr.count("\n") == 1

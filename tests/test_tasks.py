@@ -1,0 +1,329 @@
+"""Tasks, public benchmarks and mixtures: on real data, on odd data, and with the hub out of reach."""
+import json
+import os
+import random
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import call_nanochat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.benchmarks import HUB_DATA, check_program, find_overlaps, hub_task, read_hub
+from nanochat.common import UserError
+from nanochat.conversation import plain_text, render_conversation
+from nanochat.midtrain import conversation_rows
+from nanochat.mixtures import identity_task, jsonl_task, load_mixture, load_task, read_numbers, read_persona
+from nanochat.run import PRESETS
+from nanochat.tasks import Chain, Example, Task, View, check_number, final_number, join_tasks, mix_tasks, spelling_task
+from nanochat.tokenizer import Tokenizer
+from nanochat.tools import calculate
+
+SIZES = {("arc_easy", "test"): 2376, ("arc_challenge", "test"): 1172, ("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("humaneval", "test"): 164,
+         ("mmlu", "test"): 4, ("smoltalk", "train"): 1000, ("smoltalk", "test"): 100}
+
+
+@pytest.fixture(autouse=True)
+def own_base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@given(st.lists(st.lists(st.integers(), max_size=6), max_size=5), st.integers(0, 40), st.integers(1, 5))
+def test_views_and_chains_are_sequences(parts, start, step):
+    flat = [item for part in parts for item in part]
+    chain = Chain(parts)
+    assert [chain[i] for i in range(len(chain))] == flat and len(chain) == len(flat)
+    view = View(chain, make=str)
+    assert list(view) == [str(item) for item in flat]
+    assert list(view[start::step]) == [str(item) for item in flat[start::step]] and list(view[::-1][:3]) == [str(item) for item in flat[::-1][:3]]
+    if flat:
+        assert (chain[-1], view[-1]) == (flat[-1], str(flat[-1]))
+    for index in (len(flat), -len(flat) - 1):
+        with pytest.raises(IndexError):
+            chain[index]
+        with pytest.raises(IndexError):
+            view[index]
+
+
+def numbered(name, count):
+    return Task(name, View(range(count), make=lambda i: Example([{"role": "user", "content": f"{name}{i}"}])))
+
+
+def test_shuffles_and_mixtures_are_the_same_everywhere():
+    task = numbered("t", 1000)
+    assert [e.messages[0]["content"] for e in task.shuffle(7)[:4]] == ["t878", "t857", "t349", "t313"], "another order than on other machines"
+    mixed = mix_tasks([task, numbered("u", 10), numbered("u", 10)], 3)
+    names = [e.messages[0]["content"] for e in mixed]
+    assert len(names) == 1020 and all(names.count(f"u{i}") == 2 for i in range(10)) and len(set(names)) == 1010
+    assert sum(name[0] == "u" for name in names[:510]) not in (0, 20), "not mixed"
+    assert [e.messages for e in join_tasks([task[:2], task[5:6]])] == [task[i].messages for i in (0, 1, 5)]
+
+
+def test_sizes_of_the_real_data(real_data):
+    for (name, split), size in SIZES.items():
+        assert len(read_hub(name, split)) == size, (name, split)
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "mmlu"])
+def test_letters_name_the_right_choices(real_data, name):
+    rows, task = read_hub(name, "test"), hub_task(name)
+    for row, example in zip(rows, task):
+        texts = row["choices"]["text"] if "answerKey" in row else row["choices"]
+        right = texts[row["choices"]["label"].index(row["answerKey"])] if "answerKey" in row else texts[row["answer"]]
+        assert f"\n- {right}={example.answer}\n" in example.question[0]["content"] and example.answer in example.choices
+        assert example.messages[1]["content"] == example.answer and task.check(example, example.answer)
+        assert not any(task.check(example, letter) for letter in example.choices if letter != example.answer)
+
+
+def test_gsm8k_is_taken_apart_and_not_changed(real_data):
+    agreed = []
+    for split in ("train", "test"):
+        for row, example in zip(read_hub("gsm8k", split), hub_task("gsm8k", split)):
+            parts = example.messages[1]["content"]
+            again = "".join({"text": "{}", "python": "<<{}=", "python_output": "{}>>"}[p["type"]].format(p["text"]) for p in parts)
+            assert again == row["answer"]
+            assert check_number(example, plain_text(parts)) and example.answer == str(final_number(row["answer"]))
+            agreed += [calculate(a["text"]) == b["text"] for a, b in zip(parts, parts[1:]) if a["type"] == "python"]
+    assert len(agreed) > 25_000 and sum(agreed) / len(agreed) > 0.95
+
+
+@pytest.mark.parametrize("text, number", [("#### 72", 72), ("#### 1,000", 1000), ("so #### -3.50.", -3.5), ("####5", 5), ("#### $12", 12), ("#### 1\n#### 2", 2),
+                                          ("72", None), ("####", None), ("#### x", None), ("#### .", None), ("#### 1e9", 1), ("", None)])
+def test_final_numbers(text, number):
+    assert final_number(text) == number
+
+
+@settings(max_examples=500)
+@given(st.text("#0123456789.,-$ \nx\u0663", max_size=40))
+def test_any_reply_has_a_number_or_none(reply):
+    example = Example([], "7")
+    assert check_number(example, reply) in (True, False) and not check_number(example, reply.replace("7", "8"))
+
+
+def test_humaneval_takes_replies_as_they_are_meant(real_data):
+    for example in hub_task("humaneval")[:12]:
+        prompt, reply = example.question[0]["content"], example.messages[1]["content"]
+        body = reply.removeprefix(prompt)
+        assert check_program(example, f"Certainly!\n```python\n{reply}\n```\nIt counts.") and check_program(example, body)
+        assert not check_program(example, f"```python\n{prompt}    return None\n```")
+
+
+def test_smoltalk_becomes_conversations(real_data):
+    tokenizer = Tokenizer.train(["some text to train a tokenizer with"] * 3, 280)
+    for example in hub_task("smoltalk", "train"):
+        assert [m["role"] for m in example.messages] == ["user", "assistant"] * (len(example.messages) // 2)
+        ids, mask = render_conversation(tokenizer, example.messages)
+        assert len(ids) == len(mask) and any(mask)
+
+
+def write_hub(base, name, rows, split="test"):
+    path = base / "hub" / HUB_DATA[name].repo / HUB_DATA[name].folder / f"{dict(HUB_DATA[name].splits)[split]}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, bytes):
+        path.write_bytes(rows)
+    else:
+        pq.write_table(pa.table(rows) if isinstance(rows, dict) else pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("rows, words", [
+    (None, ["nanochat fetch gsm8k"]), (b"PAR1 and then nothing", ["damaged", "nanochat fetch gsm8k"]),
+    ([{"question": "?", "reply": "#### 1"}], ["no column 'answer'", "question, reply"]),
+    ({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}, ["empty"]),
+    ([{"question": "How many?", "answer": "quite a few"}], ["How many?", "no number"]),
+])
+def test_what_is_missing_or_damaged_says_so(tmp_path, monkeypatch, rows, words):
+    monkeypatch.delenv("NANOCHAT_TEST_DATA", raising=False)
+    if rows is not None:
+        write_hub(tmp_path / "base", "gsm8k", rows)
+    with pytest.raises(UserError) as error:
+        list(hub_task("gsm8k"))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize("name, words", [("trivia", ["trivia", "reading", "arc_easy"]), ("jsonl:/nowhere.jsonl", ["/nowhere.jsonl", "can't be read"])])
+def test_unknown_tasks(name, words):
+    with pytest.raises(UserError) as error:
+        load_task(name)
+    assert all(word in str(error.value) for word in words)
+    with pytest.raises(UserError, match="at least one"):
+        load_task("reading", 0)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "not a conversation"), ("[]", "at least one message"), ('[{"role": "user", "content": "x"}]', "last message"),
+    ('[{"role": "robot", "content": "x"}]', "robot"), ('{"messages": 7}', "not a conversation"), ('[{"role": "user"}, {"role": "assistant", "content": "y"}]', "message 0"),
+    ("[1, 2]", "not a conversation"), ("null", "at least one message"), ('"text"', "not a conversation"),
+])
+def test_a_bad_line_is_named(tmp_path, line, words):
+    good = json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    (tmp_path / "mine.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'mine.jsonl'}, line 3: ")) as error:
+        jsonl_task(tmp_path / "mine.jsonl")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("topics: [", "not YAML"), ("facts: {}", "no topics"), ("topics: {a: {ask: [x], reply: []}}\ngreetings: &g {ask: [x], reply: [y]}\nfarewells: *g", "topic a"),
+    ("topics: {a: {ask: [x], reply: ['I am {name}']}}\ngreetings: &g {ask: [x], reply: [y]}\nfarewells: *g", "{name}"), ("- 1", "no topics"), (None, "can't be read"),
+])
+def test_a_bad_persona_says_what_is_wrong(tmp_path, text, words):
+    path = tmp_path / "persona.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_persona(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_persona_of_ones_own(tmp_path):
+    path = tmp_path / "persona.yaml"
+    path.write_text('facts: {name: Ada}\ntopics: {name: {ask: ["Who are you?"], reply: ["{name} is my name."]}}\n'
+                    "greetings: &g {ask: [Hi], reply: [Hello]}\nfarewells: *g\n")
+    replies = {m["content"] for e in identity_task(200, persona=path) for m in e.messages if m["role"] == "assistant"}
+    assert replies == {"Ada is my name.", "Hello"}
+
+
+def test_mixtures_of_the_full_recipe():
+    "The numbers of the public recipe."
+    mid = read_numbers(PRESETS["d20"]["mid"]["mixture"])
+    assert mid == [("smoltalk", None), ("mmlu", 100_000), ("gsm8k", None), ("identity", 1000), ("identity", 1000), ("simple_spelling", 200_000), ("spelling_bee", 80_000)]
+    sft = read_numbers(PRESETS["d20"]["sft"]["mixture"])
+    assert sft == [("arc_easy", None), ("arc_challenge", None), ("gsm8k", None), ("smoltalk", 10_000), ("identity", 1000), ("simple_spelling", 300), ("spelling_bee", 300)]
+
+
+def test_a_mixture_of_real_tasks(real_data, tmp_path):
+    write_hub(tmp_path / "base", "mmlu", [{"question": f"{i}?", "choices": ["a", "b"], "answer": 1, "subject": "x"} for i in range(50)], "train")
+    mixture = load_mixture("smoltalk,mmlu=40,gsm8k=100,identity=30,identity=30,simple_spelling=200,spelling_bee=80", seed=1)
+    assert len(mixture) == 1000 + 40 + 100 + 60 + 200 + 80
+    texts = [json.dumps(e.messages) for e in mixture]
+    assert texts == [json.dumps(e.messages) for e in load_mixture(mixture.name, seed=1)] != [json.dumps(e.messages) for e in load_mixture(mixture.name, seed=2)]
+    held_out = load_mixture("smoltalk,gsm8k,identity=1000", seed=1, split="test", limit=200)
+    assert 190 <= len(held_out) <= 200 and not {json.dumps(e.messages) for e in held_out} & set(texts)
+
+
+@pytest.mark.parametrize("text, words", [("", "at least one task"), ("tinyworld=many", "name=number"), ("moon=3", "moon")])
+def test_mixtures_that_cant_be_read(text, words):
+    with pytest.raises(UserError, match=words):
+        load_mixture(text, 0)
+
+
+TOKENIZER = Tokenizer.train(["the cat sat on the mat and said nothing at all, " * 20], 280)
+TEXT = st.text("the cat said.", min_size=1, max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), min_size=1, max_size=12), st.sampled_from(["crop", "whole", "pad"]), st.booleans(),
+       st.integers(12, 70))
+def test_no_conversation_disappears_and_no_row_is_empty(tmp_path_factory, talks, packing, masked, row):
+    "Counted: what is cut and what is skipped. Supervised: at least one token of each row."
+    messages = [[m for user, reply in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": reply})] for turns in talks]
+    task, folder = Task("talks", [Example(m) for m in messages]), tmp_path_factory.mktemp("rows")
+    rendered = [render_conversation(TOKENIZER, m) for m in messages]
+    short = [(ids[: row + 1], mask[: row + 1]) for ids, mask in rendered]
+    useful = [(ids, mask) for ids, mask in short if any(mask[1:])]
+    try:
+        store, counts = conversation_rows(task, TOKENIZER, row, packing, masked, folder)
+    except UserError as error:
+        assert "not even one row" in str(error) and (not useful or packing == "crop")
+        return
+    assert counts["conversations"] == len(talks) and counts["skipped"] == len(talks) - len(useful)
+    assert counts["cut"] == sum(len(ids) > row + 1 for ids, _ in rendered) and counts["tokens"] == sum(len(ids) for ids, _ in rendered)
+    ids, mask = store.part(0)
+    mask = [[True] * (row + 1)] * len(ids) if mask is None else mask
+    assert counts["counted"] == sum(sum(line[1:]) for line in mask) and all(any(line[1:]) for line in mask)
+    if packing != "crop":
+        expected = sum(sum(m[1:]) if masked else len(m) - 1 for _, m in useful)
+        joined = 0 if masked else sum(ids[:, 1:].reshape(-1).tolist().count(TOKENIZER.bos) for _ in [0])  # a bos in mid-row is predicted too
+        assert counts["counted"] == expected + joined
+    if packing == "pad":
+        assert sorted(tuple(line[: len(i)]) for line, (i, _) in zip(sorted(map(tuple, ids.tolist())), sorted(useful))) == sorted(tuple(i) for i, _ in useful)
+
+
+def test_rows_are_made_in_parts_and_taken_from_disk(tmp_path):
+    task = spelling_task("simple_spelling", 500, split="train")
+    store, counts = conversation_rows(task, TOKENIZER, 64, "whole", True, tmp_path, part=120)
+    assert store.parts == 5 and counts["conversations"] == 500 and counts["rows"] == len(store)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert conversation_rows(task, TOKENIZER, 64, "whole", True, tmp_path, part=120)[1] == counts
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == before
+    conversation_rows(task.shuffle(1), TOKENIZER, 64, "whole", True, tmp_path, part=120)
+    assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(before), "other conversations took these rows for theirs"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("ab ,.A", max_size=40), max_size=6), st.lists(st.text("ab ,.A", max_size=30), min_size=1, max_size=5), st.integers(1, 4))
+def test_overlaps_against_the_definition(texts, questions, n):
+    def grams(text):
+        words = re.findall(r"\w+", text.lower())
+        return [words] if len(words) < n else [words[i : i + n] for i in range(len(words) - n + 1)]
+
+    known = [gram for text in texts for gram in grams(text)]
+    expected = [sum(gram in known for gram in grams(q)) / len(grams(q)) for q in questions]
+    assert find_overlaps(iter(texts), questions, n) == expected
+
+
+class Hub(BaseHTTPRequestHandler):
+    "As much of the hub as a download needs, over a folder laid out as the hub is."
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, body, **headers):
+        self.send_response(200)
+        for key, value in {"Content-Length": len(body), "X-Repo-Commit": "c" * 40, **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if match := re.fullmatch(r"/api/datasets/([\w.-]+/[\w.-]+)(/.*)?", path):
+            folder = self.server.folder / match[1]
+            files = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.parquet"))]
+            if "/tree/" in (match[2] or ""):
+                entries = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+                return self.reply(json.dumps(entries).encode(), Content_Type="application/json")
+            info = {"id": match[1], "sha": "c" * 40, "siblings": [{"rfilename": f} for f in files]}
+            return self.reply(json.dumps(info).encode(), Content_Type="application/json")
+        match = re.fullmatch(r"/datasets/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path)
+        file = self.server.folder / match[1] / match[2] if match else None
+        if file is None or not file.exists():
+            return self.send_error(404)
+        self.reply(file.read_bytes(), ETag=f'"{len(file.read_bytes()):040x}"')
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(real_data):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder = real_data / "hub"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_fetched_from_a_hub_and_then_offline(hub, tmp_path):
+    base, nowhere = tmp_path / "base", {"NANOCHAT_TEST_DATA": str(tmp_path)}
+    online = {**nowhere, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
+    missing = call_nanochat(base, "fetch", "gsm8k", environment={**nowhere, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    assert missing.returncode == 2 and "nanochat fetch gsm8k" in missing.stderr and missing.stderr.count("\n") == 1, missing.stderr
+    fetched = call_nanochat(base, "fetch", "gsm8k", environment=online)
+    assert fetched.returncode == 0 and "7,473 rows to train, 1,319 rows to test" in fetched.stdout, fetched.stdout + fetched.stderr
+    offline = call_nanochat(base, "fetch", "gsm8k", environment=nowhere | {"HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 0 or "nanochat fetch gsm8k" in offline.stderr
+    assert len(list((base / "hub" / "openai" / "gsm8k").rglob("*.parquet"))) == 2
+
+
+def test_words_are_held_out():
+    rng = random.Random(0)
+    train, test = (spelling_task("spelling_bee", 400, seed=rng.randrange(99), split=split) for split in ("train", "test"))
+    words = [{re.match(r"'(\w+)'", e.messages[1]["content"][1]["text"])[1] for e in task} for task in (train, test)]
+    assert not words[0] & words[1] and min(map(len, words)) > 100
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
