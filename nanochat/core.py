@@ -251,7 +251,7 @@ def fetch_bundle() -> Path:  # the bundle's folder
     archive.unlink()
     return folder
 
-# %% ../nbs/41_core.ipynb #b16a6fba
+# %% ../nbs/41_core.ipynb #7c3ce24e
 WINDOW = 512  # items whose tokens exist at the same time
 
 
@@ -286,11 +286,11 @@ def score_core_task(
     batch: int = 32,  # texts that are read side by side
     ranks: Ranks = Ranks(),
     progress: bool = False,  # whether to show a bar
-) -> dict[str, Any]:  # task, kind, shots, accuracy, low, high (95%), baseline, centered, count, cut
+) -> dict[str, Any]:  # task, type, shots, accuracy, low, high (95%), baseline, centered, count, cut
     "A model's accuracy on one task, and how many items were longer than its context."
     right, cut = answer_items(model, tokenizer, task, max_items, batch, ranks, progress)
     accuracy, (low, high) = sum(right) / len(right), wilson_interval(sum(right), len(right))
-    return {"task": task.name, "kind": task.kind, "shots": task.shots, "accuracy": accuracy, "low": low, "high": high, "baseline": task.baseline,
+    return {"task": task.name, "type": task.kind, "shots": task.shots, "accuracy": accuracy, "low": low, "high": high, "baseline": task.baseline,
             "centered": (accuracy - task.baseline) / (1 - task.baseline), "count": len(right), "cut": cut}
 
 # %% ../nbs/41_core.ipynb #0391f7b1

@@ -312,7 +312,7 @@ def test_records(toy):
     seen = []
     summary, records = score_core(model, tokenizer, tasks, max_items=10, on_task=seen.append)
     assert seen == records and [r["count"] for r in records] == [10] * 3
-    assert set(records[0]) == {"task", "kind", "shots", "accuracy", "low", "high", "baseline", "centered", "count", "cut"}
+    assert set(records[0]) == {"task", "type", "shots", "accuracy", "low", "high", "baseline", "centered", "count", "cut"}
     for r in records:
         assert r["low"] <= r["accuracy"] <= r["high"] and abs(r["centered"] - (r["accuracy"] - r["baseline"]) / (1 - r["baseline"])) < 1e-12
     assert score_core_task(model, tokenizer, tasks[0], 10) == records[0]
