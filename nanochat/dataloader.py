@@ -249,7 +249,7 @@ def add_echo(
     counted[length::length] = False
     return ids, counted
 
-# %% ../nbs/13_dataloader.ipynb #aba02d1e
+# %% ../nbs/13_dataloader.ipynb #77bb832c
 class RowLoader:
     "Endless batches of rows; `position` counts the rows that all ranks together have used."
 
@@ -310,13 +310,15 @@ class RowLoader:
         return ids, counted, epoch
 
     def batch(self, position: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        "This rank's rows of the batch at a position: x, y (B, T), and the epoch."
+        "This rank's rows of the batch at a position: x, y (B, T), and the epoch; columns at the end that only fill are left out."
         share = self.rows // self.ranks.world
         first = position + self.ranks.rank * share
         ids, counted, epochs = zip(*map(self.row, range(first, first + share)))
         ids = torch.from_numpy(np.stack(ids))
-        counted = torch.from_numpy(np.stack(counted))
-        return ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(~counted[:, 1:], -1), epochs[-1]
+        counted = torch.from_numpy(np.stack(counted))[:, 1:]
+        last = counted.any(dim=0).nonzero()[-1].item()  # no causal model needs to read what comes after
+        end = min(counted.size(1), last // 64 * 64 + 64)
+        return ids[:, :end].contiguous(), ids[:, 1 : end + 1].masked_fill(~counted[:, :end], -1), epochs[-1]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EvalConfig', 'read_names', 'ask_model', 'describe_score', 'how_asked', 'plan_exam', 'run_evaluate']
 
-# %% ../nbs/56_evaluate.ipynb #e0b34da0
+# %% ../nbs/56_evaluate.ipynb #71337716
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from .chat_eval import score_task
@@ -19,9 +20,9 @@ from .core import find_bundle, read_bundle, score_core_task
 from .engine import Engine
 from .mixtures import TASKS, load_task
 from .run import SOURCES, Run
-from .train import describe_machine, load_model, process_group
+from .train import compute_precision, describe_machine, load_model, process_group
 
-# %% ../nbs/56_evaluate.ipynb #d9745d0a
+# %% ../nbs/56_evaluate.ipynb #b5878040
 @dataclass(frozen=True)
 class EvalConfig:
     "Settings of the evaluation stage."
@@ -35,6 +36,7 @@ class EvalConfig:
     items: int = 100  # questions of each task; 0: all there are
     samples: int = 1  # replies to each open question; more give pass@k
     max_tokens: int = 200  # of a reply
+    precision: str = "float32"  # or "bfloat16": several times faster on a GPU, and near ties may fall the other way
     seed: int = 0  # which questions
 
 
@@ -80,7 +82,7 @@ def describe_score(
     text += "".join(f"  pass@{k} {p:.0%}" for k, p in list(score.get("pass_at", {}).items())[-1:])
     return text + (f"  {score['cut']} were longer than the context" if score.get("cut") else "")
 
-# %% ../nbs/56_evaluate.ipynb #e690cb9f
+# %% ../nbs/56_evaluate.ipynb #f3cd9663
 def how_asked(
     run: Run,
     source: str,
@@ -88,7 +90,7 @@ def how_asked(
 ) -> dict[str, Any]:  # hash of the weights, and how the questions were chosen
     "What a score belongs to."
     weights = read_meta(latest_checkpoint(run.path / source))["files"]["model.safetensors"]
-    return {"weights": weights[:16], "items": cfg.items, "seed": cfg.seed, "samples": cfg.samples}
+    return {"weights": weights[:16], "items": cfg.items, "seed": cfg.seed, "samples": cfg.samples, "precision": cfg.precision}
 
 
 def plan_exam(
@@ -123,11 +125,13 @@ def run_evaluate(
         if ranks.is_main and plan:
             run.log("eval", "environment", **describe_machine(device))
             run.log("eval", "config", settings=asdict(cfg))
+            print(f"asking {', '.join(plan)}: {sum(map(len, plan.values()))} tasks in all, {cfg.items or 'all their'} questions each", flush=True)
         for source, names in plan.items():
             model, tokenizer, meta = load_model(run, source, device)
             for name in names:
                 began = time.perf_counter()
-                kind, score = ask_model(Engine(model, tokenizer), name, cfg, source, ranks)
+                with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
+                    kind, score = ask_model(Engine(model, tokenizer), name, cfg, source, ranks)
                 if ranks.is_main:
                     run.log("eval", kind, source=source, checkpoint=meta["step"], asked=how_asked(run, source, cfg), **score)
                     print(describe_score(source, kind, score, time.perf_counter() - began), flush=True)

@@ -112,7 +112,7 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #ba7e477e
+# %% ../nbs/48_run.ipynb #19a46ff4
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
@@ -170,7 +170,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sft": {"tokens": 0, "batch_tokens": 65_536, "device_rows": 4, "eval_every": 100, "eval_tokens": 1_048_576, "lr_scale": 0.02, "packing": "pad",
                 "mixture": "arc_easy,arc_challenge,gsm8k,smoltalk=10000,identity=1000,simple_spelling=300,spelling_bee=300"},
         "rl": {"mixture": "gsm8k", "device_rows": 8, "max_tokens": 256, "exam_items": 400, "eval_every": 60, "save_every": 60},
-        "eval": {"tasks": "core,arc_easy,arc_challenge,mmlu,gsm8k,humaneval,spelling_bee", "items": 0, "max_tokens": 512},
+        "eval": {"tasks": "core,arc_easy,arc_challenge,mmlu,gsm8k,humaneval,spelling_bee", "items": 0, "max_tokens": 512, "precision": "bfloat16"},
     },
 }
 PRESETS["demo"] = {  # tiny cut to seconds: for tests, and to see whether everything works

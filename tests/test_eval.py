@@ -17,7 +17,7 @@ from nanochat.evaluate import EvalConfig, run_evaluate
 from nanochat.mixtures import TASKS, load_task
 from nanochat.tasks import Example, Task
 from nanochat.tools import calculate
-from nanochat.train import load_model
+from nanochat.train import launch, load_model
 
 PUBLIC = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee", "simple_spelling")
 LONGEST = 40  # tokens of a reply
@@ -165,6 +165,24 @@ def test_scored_once_and_table_of_all_stages(demo_run, capsys):
     header, *rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in result.stdout.splitlines() if line.startswith("|")]
     assert header == ["task", "questions", "chance", "base", "mid", "sft"] and [row[0] for row in rows[1:]] == ["arithmetic", "choice", "mean above chance"]
     assert demo_run.metrics.read_text() == before
+
+
+def test_two_processes_write_what_one_writes(demo_run):
+    settings = {"run": "demo", "sources": "sft", "tasks": "choice,counting,programs", "items": 7}
+    run_evaluate(EvalConfig(**settings))
+    launch(run_evaluate, EvalConfig(**settings, seed=1, processes=2), module="nanochat.evaluate")
+    run_evaluate(EvalConfig(**settings, seed=1))
+    mine = [r for r in demo_run.records("eval", "score") if r["asked"]["items"] == 7]
+    assert [(r["task"], r["asked"]["seed"]) for r in mine] == [(task, seed) for seed in (0, 1) for task in ("choice", "counting", "programs")]
+
+
+def test_bfloat16_is_nearly_the_same(demo_run):
+    for precision in ("float32", "bfloat16"):
+        run_evaluate(EvalConfig(run="demo", sources="sft", tasks="choice,counting", items=40, precision=precision))
+    scores = {(r["task"], r["asked"]["precision"]): r["accuracy"] for r in demo_run.records("eval", "score") if r["asked"]["items"] == 40}
+    assert len(scores) == 4 and all(abs(scores[task, "float32"] - scores[task, "bfloat16"]) <= 0.1 for task in ("choice", "counting"))
+    with pytest.raises(UserError, match="float8"):
+        run_evaluate(EvalConfig(run="demo", sources="sft", tasks="choice", items=3, precision="float8"))
 
 
 def test_interrupted_it_goes_on_with_the_next_task(demo_run, monkeypatch):

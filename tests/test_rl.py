@@ -123,3 +123,9 @@ def test_a_stage_of_the_pipeline_that_is_asked_for(demo_run):
     report = (demo_run.path / "report.md").read_text()
     assert "counting, held out, one try" in report and (demo_run.path / "figures" / "rl.png").exists()
     assert sys.version_info >= (3, 10)
+
+
+def test_gsm8k_from_end_to_end(demo_run, real_data):
+    run_rl(RLConfig(**{**QUICK, "mixture": "gsm8k=20", "steps": 1, "samples": 2}))
+    (step,) = demo_run.records("rl", "step")
+    assert step["reward"] == 0 and step["length"] > 1 and demo_run.records("rl", "eval")[-1]["task"] == "gsm8k"
