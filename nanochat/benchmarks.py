@@ -7,7 +7,7 @@ __all__ = ['HUB_DATA', 'READERS', 'HubData', 'find_hub_files', 'fetch_hub', 'rea
            'mmlu_example', 'check_letter', 'gsm8k_example', 'humaneval_example', 'check_program', 'smoltalk_example',
            'hub_task', 'ngrams', 'find_overlaps']
 
-# %% ../nbs/43_benchmarks.ipynb #da5138bd
+# %% ../nbs/43_benchmarks.ipynb #64383e0f
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -140,10 +140,11 @@ def score_task(
         score |= {"samples": samples, "pass_at": {str(k): mean(pass_at_k(samples, c, k) for c in right) for k in ks}}
     return score
 
-# %% ../nbs/45_chat_eval.ipynb #282795cf
+# %% ../nbs/45_chat_eval.ipynb #83078da9
 def mean_above_chance(
     scores: Iterable[dict[str, Any]],  # as `score_task` gives them, of one model
-) -> tuple[str, float]:  # what it may be called, and the number
-    "The mean of (accuracy - chance) / (1 - chance); it is ChatCORE only over exactly its six tasks."
-    scores = {score["task"]: (score["accuracy"] - score["chance"]) / (1 - score["chance"]) for score in scores}
-    return "ChatCORE" if set(scores) == set(CHAT_CORE) else "mean above chance", mean(scores.values())
+    tasks: Sequence[str] = CHAT_CORE,  # which of them count
+) -> float | None:  # 0: guessing, 1: always right; None if one of the tasks wasn't asked
+    "The mean of (accuracy - chance) / (1 - chance) over some tasks; over the six of CHAT_CORE it is ChatCORE."
+    known = {score["task"]: (score["accuracy"] - score["chance"]) / (1 - score["chance"]) for score in scores}
+    return mean(known[task] for task in tasks) if set(tasks) <= set(known) else None

@@ -161,7 +161,7 @@ def open_tinyworld(
     last = manifest["shards"]["validation.parquet"]
     return Corpus("tinyworld", tuple(folder / name for name in names), last["bits"] / last["text_bytes"])
 
-# %% ../nbs/02_dataset.ipynb #3659c352
+# %% ../nbs/02_dataset.ipynb #d97b9938
 def read_utf8(
     path: Path,
 ) -> Iterator[str]:  # pieces of about a megabyte
@@ -257,7 +257,7 @@ def _folder_hash(files: list[Path]) -> str:
     seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:12]
 
-# %% ../nbs/02_dataset.ipynb #3738fd81
+# %% ../nbs/02_dataset.ipynb #7a608f2e
 class Retry(Exception):
     "Something that may work the next time."
 
@@ -277,7 +277,7 @@ def _request(url: str, offset: int, etag: str | None, timeout: float) -> Any:
         if error.code == 429 or error.code >= 500:
             after = error.headers.get("Retry-After", "0")
             raise Retry(f"the server answered {error.code}", float(after) if after.isdigit() else 0.0) from error
-        raise UserError(f"{url} answered {error.code} {error.reason}; check the corpus name and the number of shards") from error
+        raise UserError(f"{url} answered {error.code} {error.reason}; check the name and the address") from error
 
 
 def _expected_hash(headers: Any) -> str | None:

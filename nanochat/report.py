@@ -217,14 +217,14 @@ def _draw_bpb(ax: Any, points: list[tuple[int, float]], floor: float | None) -> 
     margin = 0.2 * max(high - low, 0.1 * low)
     ax.set_ylim(low - margin, high + margin)
 
-# %% ../nbs/57_report.ipynb #22798d10
+# %% ../nbs/57_report.ipynb #e8983ef3
 def best_known(
     records: Sequence[dict],
 ) -> dict[tuple[str, str], dict]:  # (task, source) -> record
     "For each task and model, the score of the latest checkpoint with the most questions."
     scores: dict[tuple[str, str], dict] = {}
     for record in select(records, "eval", "score"):
-        key = (record["task"], record["source"])
+        key = (record["task"] + (f", {record['samples']} tries" if "samples" in record else ""), record["source"])
         rank = (record["checkpoint"], record["count"])
         if key not in scores or rank >= (scores[key]["checkpoint"], scores[key]["count"]):
             scores[key] = record
@@ -236,7 +236,7 @@ def describe_scores(
     align: bool = False,  # pad the cells, for a terminal
 ) -> str:  # Markdown; "" before the first evaluation
     "Accuracy of each stage's model, side by side, with the number of questions and 95% intervals."
-    from nanochat.chat_eval import mean_above_chance
+    from nanochat.chat_eval import CHAT_CORE, mean_above_chance
 
     scores = best_known(records)
     sources = [s for s in SOURCES if any(s == source for _, source in scores)]
@@ -248,9 +248,11 @@ def describe_scores(
         rows.append([task, " or ".join(map(str, counts)), f"{chance:.0%}", *[_cell(found[s]) if s in found else None for s in sources]])
     if not rows:
         return ""
-    means = {source: mean_above_chance(r for (_, s), r in scores.items() if s == source) for source in sources}
-    for name in sorted({name for name, _ in means.values()}):
-        rows.append([name, None, None, *[f"{means[s][1]:.3f}" if means[s][0] == name else None for s in sources]])
+    common = [task for task in dict.fromkeys(task for task, _ in scores) if all((task, source) in scores for source in sources)]
+    for name, tasks in (("ChatCORE", CHAT_CORE), (f"mean above chance of {len(common)}", common)):
+        means = [mean_above_chance(({**r, "task": task} for (task, s), r in scores.items() if s == source), tasks) if tasks else None for source in sources]
+        if any(value is not None for value in means):
+            rows.append([name, None, None, *[None if value is None else f"{value:.3f}" for value in means]])
     note = "\nIn brackets: 95% confidence intervals. Above chance: 0 is guessing, 1 is always right.\n"
     return table(["task", "questions", "chance", *sources], rows, align) + note
 
@@ -378,7 +380,7 @@ def resume_command(
     other = f" --corpus {corpus}" if corpus != PRESETS[preset]["data"]["corpus"] else ""
     return f"nanochat run --preset {preset} --run {name}{other}"
 
-# %% ../nbs/57_report.ipynb #83fcccc2
+# %% ../nbs/57_report.ipynb #92ac30e9
 def summarize(
     records: Sequence[dict],
 ) -> str:  # a few sentences
@@ -406,8 +408,7 @@ def compose_report(
     "All sections that have something to say."
     images = {figure: f"![{figure}](figures/{figure}.png)\n\n" for figure in figures}
     curves = "".join(f"### {stage}\n\n{images[stage]}" for stage in SOURCES if stage in images)
-    scores = images.get("scores", "") + describe_scores(records) + "".join(f"\n{part}" for part in (describe_core(records), describe_rl(records)) if part)
-    scores += f"\n{images['core']}" if "core" in images else ""
+    scores = images.get("scores", "") + describe_scores(records) + "".join(f"\n{part}" for part in (describe_rl(records), images.get("core"), describe_core(records)) if part)
     sections = {"Set-up": describe_setup(records), "Stages": describe_stages(records), "Time and cost": describe_costs(records),
                 "Curves": curves, "Scores": scores, "Samples": describe_samples(records)}
     head = f"# Report of run {name}\n\n{summarize(records)}\n" + describe_missing(name, records)

@@ -8,7 +8,8 @@ __all__ = ['WORLD_KINDS', 'WORDS_URL', 'ASK_LETTERS', 'ASK_SPELLING', 'Example',
            'read_words', 'final_number', 'check_number', 'write_letters', 'spelling_example', 'counting_example',
            'spelling_task']
 
-# %% ../nbs/42_tasks.ipynb #75d33889
+# %% ../nbs/42_tasks.ipynb #da19941d
+import os
 import random
 import re
 from bisect import bisect_right
@@ -198,13 +199,13 @@ def talk_task(
     talks = islice(tinyworld.write_conversations(seed, kinds=kinds), count)
     return Task("tinyworld", [Example(talk.messages) for talk in talks])
 
-# %% ../nbs/42_tasks.ipynb #c635f839
+# %% ../nbs/42_tasks.ipynb #181942f6
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
 
 
 def fetch_words() -> Path:
-    "Fetch the list of English words into the base directory."
-    return fetch_file(WORDS_URL, base_dir() / "hub" / "words_alpha.txt")
+    "Fetch the list of English words into the base directory; `NANOCHAT_WORDS_URL` names another copy."
+    return fetch_file(os.environ.get("NANOCHAT_WORDS_URL") or WORDS_URL, base_dir() / "hub" / "words_alpha.txt")
 
 
 @cache

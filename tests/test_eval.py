@@ -163,7 +163,7 @@ def test_scored_once_and_table_of_all_stages(demo_run, capsys):
     assert demo_run.metrics.read_text() == before and "is complete" in capsys.readouterr().out
     result = call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "arithmetic,choice", "--max-problems", "6")
     header, *rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in result.stdout.splitlines() if line.startswith("|")]
-    assert header == ["task", "questions", "chance", "base", "mid", "sft"] and [row[0] for row in rows[1:]] == ["arithmetic", "choice", "mean above chance"]
+    assert header == ["task", "questions", "chance", "base", "mid", "sft"] and [row[0] for row in rows[1:]] == ["arithmetic", "choice", "mean above chance of 2"]
     assert demo_run.metrics.read_text() == before
 
 

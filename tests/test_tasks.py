@@ -1,9 +1,11 @@
 """Tasks, public benchmarks and mixtures: on real data, on odd data, and with the hub out of reach."""
+import io
 import json
 import os
 import random
 import re
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
@@ -327,3 +329,39 @@ def test_words_are_held_out():
     words = [{re.match(r"'(\w+)'", e.messages[1]["content"][1]["text"])[1] for e in task} for task in (train, test)]
     assert not words[0] & words[1] and min(map(len, words)) > 100
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+class Files(BaseHTTPRequestHandler):
+    "Some files by their names."
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        body = self.server.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_core_and_words_are_fetched(real_data, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in (real_data / "eval_bundle").rglob("*"):
+            if path.name in ("core.yaml", "eval_meta_data.csv", "copa.jsonl", "winograd_wsc.jsonl"):
+                archive.write(path, path.relative_to(real_data))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    server.files = {"/core.zip": packed.getvalue(), "/words.txt": "\r\n".join(a + b + "ed" for a in "abcdefgh" for b in "aeiou").encode()}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, base = f"http://127.0.0.1:{server.server_port}", tmp_path / "base"
+    environment = {"NANOCHAT_TEST_DATA": "", "NANOCHAT_EVAL_BUNDLE_URL": f"{url}/core.zip", "NANOCHAT_WORDS_URL": f"{url}/words.txt"}
+    core = call_nanochat(base, "fetch", "core", environment=environment)
+    assert core.returncode == 0 and "core: 2 tasks with 373 items" in core.stdout and not (base / "eval_bundle.zip").exists(), core.stdout + core.stderr
+    words = call_nanochat(base, "fetch", "words", environment=environment)
+    assert words.returncode == 0 and re.search(r"[1-9]\d* to learn and \d+ to test with", words.stdout), words.stdout + words.stderr
+    gone = call_nanochat(base, "fetch", "core", environment=environment | {"NANOCHAT_EVAL_BUNDLE_URL": f"{url}/nothing.zip"})
+    assert gone.returncode == 2 and "404" in gone.stderr.splitlines()[-1] and "Traceback" not in gone.stderr and (base / "eval_bundle" / "core.yaml").exists(), gone.stderr
+    server.shutdown()
