@@ -305,7 +305,7 @@ def describe_rl(
     return (f"{last['task']}, held out, one try: {_cell(first)} before, {_cell(last)} after {last['step']} steps of "
             f"{config['settings']['questions']} questions with {config['settings']['samples']} replies each.\n")
 
-# %% ../nbs/57_report.ipynb #23527456
+# %% ../nbs/57_report.ipynb #1589dad3
 def draw_scores(
     records: Sequence[dict],
 ) -> Any:  # a matplotlib figure, or None before the first evaluation
@@ -316,7 +316,7 @@ def draw_scores(
     tasks, sources = list(dict.fromkeys(task for task, _ in scores)), [s for s in SOURCES if any(s == source for _, source in scores)]
     if not scores:
         return None
-    fig, ax = plt.subplots(figsize=(max(4.5, 1.3 * len(tasks)), 3.0), layout="constrained")
+    fig, ax = plt.subplots(figsize=(min(14, max(4.5, 1.3 * len(tasks))), 3.3), layout="constrained")
     width, colors = 0.8 / len(sources), dict(zip(SOURCES, ("grey", "orange", "blue", "purple")))
     for i, source in enumerate(sources):
         found = [(x, scores[task, source]) for x, task in enumerate(tasks) if (task, source) in scores]
@@ -328,7 +328,8 @@ def draw_scores(
         if chance := next(r["chance"] for (name, _), r in scores.items() if name == task):
             ax.plot([x - 0.45, x + 0.45], [chance] * 2, color=COLORS["red"], linestyle="--", label=None if guessed else "guessing")
             guessed = True
-    ax.set(ylim=(0, 1.05), ylabel="accuracy", xticks=range(len(tasks)), xticklabels=tasks)
+    ax.set(ylim=(0, 1.05), xlim=(-0.6, len(tasks) - 0.4), ylabel="accuracy", xticks=range(len(tasks)))
+    ax.set_xticklabels(tasks, **({"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 10 else {}))
     ax.legend(frameon=False, ncols=len(sources) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     ax.spines[["top", "right"]].set_visible(False)
     return fig
