@@ -20,7 +20,7 @@ from .conversation import check_messages
 from .sandbox import run_program
 from .tasks import Example, Task, View, check_number, final_number, find_code
 
-# %% ../nbs/43_benchmarks.ipynb #959a9926
+# %% ../nbs/43_benchmarks.ipynb #78731f50
 @dataclass(frozen=True)
 class HubData:
     "Where a dataset lives, on the hub and below `hub/`."
@@ -43,12 +43,15 @@ HUB_DATA = {
 def find_hub_files(
     name: str,  # a key of HUB_DATA
     split: str,  # "train" or "test"
-) -> list[Path]:  # in order; empty if they are not on this machine
+) -> list[Path]:  # in order; empty if they are not all on this machine
     "A dataset's files below the base directory's hub/, or `$NANOCHAT_TEST_DATA`/hub."
     data, split = HUB_DATA[name], dict(HUB_DATA[name].splits)[split]
     roots = [base_dir(), *map(Path, filter(None, [os.environ.get("NANOCHAT_TEST_DATA")]))]
-    found = (sorted((root / "hub" / data.repo / data.folder).glob(f"{split}-*.parquet")) for root in roots)
-    return next(filter(None, found), [])
+    for root in roots:
+        files = sorted((root / "hub" / data.repo / data.folder).glob(f"{split}-*.parquet"))
+        if files and len(files) == int(files[0].stem.rpartition("-")[2]):  # train-00000-of-00004: all four, or it is not here
+            return files
+    return []
 
 
 def fetch_hub(
@@ -134,7 +137,7 @@ def gsm8k_example(row: dict[str, Any]) -> Example:
         raise UserError(f"the answer to {row['question'][:60]!r} has no number behind ####: is this GSM8K? nanochat fetch gsm8k")
     return Example([{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}], str(number))
 
-# %% ../nbs/43_benchmarks.ipynb #d819ec33
+# %% ../nbs/43_benchmarks.ipynb #032438de
 def humaneval_example(row: dict[str, Any]) -> Example:
     "A row of HumanEval; the answer is the code that tests a reply."
     messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]}]
@@ -144,12 +147,9 @@ def humaneval_example(row: dict[str, Any]) -> Example:
 def check_program(example: Example, reply: str) -> bool:
     "Whether the function in a reply passes its tests."
     prompt, code = example.question[0]["content"], find_code(reply)
-    name = re.search(r"check\((\w+)\)\s*\Z", example.answer)[1]
-    if re.search(rf"^\s*def {name}\b", code, re.MULTILINE):
-        head = "\n".join(re.findall(r"^(?:import|from) .*", prompt, re.MULTILINE))
-    else:
-        head = prompt
-    return run_program(f"{head}\n{code}\n{example.answer}").passed
+    if code.startswith(prompt):
+        code = re.split(r"\n(?=def |class |if |print|#|@)", code.removeprefix(prompt))[0]
+    return run_program(f"{prompt}\n{code}\n\n{example.answer}").passed
 
 # %% ../nbs/43_benchmarks.ipynb #3d2fd2ef
 def smoltalk_example(row: dict[str, Any]) -> Example:
@@ -170,14 +170,14 @@ def hub_task(
     make, check = READERS[name]
     return Task(name, View(read_hub(name, split), make=make), check)
 
-# %% ../nbs/43_benchmarks.ipynb #d9226a5c
+# %% ../nbs/43_benchmarks.ipynb #bea9d397
 def ngrams(
     text: str,
     n: int,  # words
-) -> list[tuple[str, ...]]:
-    "All runs of n words of a text, without case and punctuation; a shorter text is one run."
+) -> list[tuple[str, ...]]:  # none if the text is shorter
+    "All runs of n words of a text, without case and punctuation."
     words = re.findall(r"\w+", text.lower())
-    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def find_overlaps(
@@ -186,8 +186,10 @@ def find_overlaps(
     n: int = 8,  # words that have to be the same in a row
 ) -> list[float]:  # for each question, the part of its n-grams that occurs in the texts, 0..1
     "How much of each question of a test stands in a corpus."
-    grams = [ngrams(question, n) for question in questions]
+    grams = [ngrams(question, n) or ngrams(question, max(1, len(re.findall(r"\w+", question)))) for question in questions]
     wanted, found = {gram for question in grams for gram in question}, set()
+    sizes = set(map(len, wanted))
     for text in texts:
-        found.update(wanted.intersection(ngrams(text, n)))
-    return [sum(gram in found for gram in question) / len(question) for question in grams]
+        for size in sizes:
+            found.update(wanted.intersection(ngrams(text, size)))
+    return [sum(gram in found for gram in question) / max(1, len(question)) for question in grams]

@@ -98,33 +98,33 @@ def chat(
     else:
         talk(session, f"{this.name}, {meta['stage']} model of {model.num_params() / 1e6:.1f}M parameters")
 
-# %% ../nbs/65_cli.ipynb #a9b28556
+# %% ../nbs/65_cli.ipynb #3fda0f55
 @app.command("eval")
 def evaluate(
     name: RunName = None,
-    source: Annotated[str, typer.Option(help="Models to ask, with commas; those that don't exist are left out.")] = ",".join(SOURCES),
-    tasks: Annotated[Optional[str], typer.Option(help="Tasks, with commas, and core for all of CORE; default: the tiny world's.")] = None,  # noqa: UP045
-    max_problems: Annotated[int, typer.Option("--max-problems", "--max-per-task", help="Questions of each task; 0: all.")] = 100,
-    samples: Annotated[int, typer.Option(help="Replies to each open question; more give pass@k.")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 200,
-    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes that share the work; 0: one for each GPU.")] = 0,
+    source: Annotated[Optional[str], typer.Option(help="Models to ask, with commas; default: all there are.")] = None,  # noqa: UP045
+    tasks: Annotated[Optional[str], typer.Option(help="Tasks, with commas, and core for all of CORE; default: the preset's.")] = None,  # noqa: UP045
+    max_problems: Annotated[Optional[int], typer.Option("--max-problems", "--max-per-task", help="Questions of each task; 0: all.")] = None,  # noqa: UP045
+    samples: Annotated[Optional[int], typer.Option(help="Replies to each open question; more give pass@k.")] = None,  # noqa: UP045
+    max_tokens: Annotated[Optional[int], typer.Option(help="Longest reply.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Which questions.")] = None,  # noqa: UP045
+    precision: Annotated[Optional[str], typer.Option(help="float32 or bfloat16.")] = None,  # noqa: UP045
+    processes: Annotated[Optional[int], typer.Option(help="Processes that share the work; default: one for each GPU.")] = None,  # noqa: UP045
 ) -> None:
     "Score a run's models, side by side. Example: nanochat eval --tasks reading,arithmetic --max-problems 200"
-    from nanochat.evaluate import EvalConfig, run_evaluate
-    from nanochat.mixtures import TASKS
+    from nanochat.evaluate import EvalConfig, asked_records, run_evaluate
     from nanochat.report import describe_core, describe_scores
+    from nanochat.run import make_config
     from nanochat.train import launch
 
-    if max_problems < 0 or samples < 1:
-        raise UserError(f"--max-problems must be 0 or more and --samples at least 1, not {max_problems} and {samples}")
     this = find_run(name)
-    cfg = EvalConfig(run=this.name, sources=source, tasks=tasks or ",".join(TASKS), items=max_problems, samples=samples, max_tokens=max_tokens,
-                     seed=seed, processes=processes)
+    given = {"sources": source, "tasks": tasks, "items": max_problems, "samples": samples, "max_tokens": max_tokens, "seed": seed,
+             "precision": precision, "processes": processes}
+    choices = this.choices()
+    chosen = choices.get("settings", {}).get("eval", {}) | {key: value for key, value in given.items() if value is not None}
+    cfg = make_config(EvalConfig, choices.get("preset", "tiny"), run=this.name, **chosen)
     launch(run_evaluate, cfg, module="nanochat.evaluate")
-    asked = set(cfg.tasks.split(","))
-    records = [r for r in this.records("eval") if r["kind"] == "core" and "core" in asked or r.get("task") in asked]
-    records = [r for r in records if r["source"] in source.split(",") and (r["asked"]["items"], r["asked"]["samples"]) == (max_problems, samples)]
+    records = asked_records(this, cfg)
     print("\n" + "\n".join(filter(None, (describe_scores(records, align=True), describe_core(records, align=True)))))
 
 

@@ -162,7 +162,7 @@ class RowStore:
         "Rows made part by part in the background and kept on disk; a directory that is there already is not made again."
         return cls(len(jobs), _RowMaker(jobs, ranks).get)
 
-# %% ../nbs/13_dataloader.ipynb #fa336bce
+# %% ../nbs/13_dataloader.ipynb #ec599fd1
 def make_rows(
     shard: Path,  # parquet file of documents
     tokenizer: Tokenizer,
@@ -186,7 +186,7 @@ def save_rows(
 ) -> None:
     "Write rows, two bytes a token where the vocabulary allows it."
     with atomic_dir(path) as directory:
-        np.save(directory / "ids.npy", ids.astype(np.uint16 if ids.max() < 1 << 16 else np.uint32), allow_pickle=False)
+        np.save(directory / "ids.npy", ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32), allow_pickle=False)
         if not mask.all():
             np.save(directory / "mask.npy", mask, allow_pickle=False)
         if counts:
@@ -217,14 +217,14 @@ class _RowMaker:
         path, start = self.jobs[index][0], time.monotonic()
         if index % self.ranks.world == self.ranks.rank:
             self.ensure(index)
-        while not path.exists():
-            if time.monotonic() - start > self.patience:
-                raise RuntimeError(f"rank {index % self.ranks.world} did not make {path} within {self.patience:.0f} s")
-            time.sleep(0.05)
         mine = next((i for i in range(index + 1, len(self.jobs)) if i % self.ranks.world == self.ranks.rank), None)
         if mine is not None and not self.jobs[mine][0].exists():
             self.ahead = threading.Thread(target=self.ensure, args=(mine,), daemon=True)
             self.ahead.start()
+        while not path.exists():
+            if time.monotonic() - start > self.patience:
+                raise RuntimeError(f"rank {index % self.ranks.world} did not make {path} within {self.patience:.0f} s")
+            time.sleep(0.05)
         return read_rows(path)
 
 # %% ../nbs/13_dataloader.ipynb #3b785069

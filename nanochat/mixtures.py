@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'OTHERS', 'CHAT_CORE', 'persona_file', 'read_exchange', 'read_persona', 'identity_task', 'jsonl_task',
-           'load_task', 'read_numbers', 'load_mixture']
+           'load_task', 'read_numbers', 'load_mixture', 'mixture_hash']
 
-# %% ../nbs/44_mixtures.ipynb #0ecb6b84
+# %% ../nbs/44_mixtures.ipynb #61805d26
+import hashlib
 import json
 import random
 import re
@@ -18,11 +19,11 @@ from typing import Any
 import yaml
 
 from .benchmarks import HUB_DATA, hub_task
-from .common import UserError
+from .common import UserError, sha256_file
 from .conversation import check_messages
 from .tasks import WORLD_KINDS, Example, Task, View, mix_tasks, spelling_task, story_task, talk_task, world_task
 
-# %% ../nbs/44_mixtures.ipynb #684d3bc0
+# %% ../nbs/44_mixtures.ipynb #0d5b2578
 def persona_file() -> Path:
     "The project's own persona."
     return Path(__file__).parent / "persona.yaml" if "__file__" in globals() else Path.cwd().parent / "nanochat" / "persona.yaml"
@@ -42,7 +43,7 @@ def read_exchange(
             if unknown := set(re.findall(r"\{(\w+)\}", text)) - set(facts):
                 raise UserError(f"{where} names {{{min(unknown)}}}, which is not among the facts: {', '.join(facts)}")
     ask, reply = ([re.sub(r"\{(\w+)\}", lambda match: str(facts[match[1]]), text) for text in texts] for texts in ways)
-    return ask, [text[0].upper() + text[1:] for text in reply]
+    return ask, [text[:1].upper() + text[1:] for text in reply]
 
 
 def read_persona(
@@ -56,10 +57,12 @@ def read_persona(
         raise UserError(f"persona {path} can't be read ({error.strerror}): copy {persona_file()} and edit the copy") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"persona {path} is not YAML: {' '.join(str(error).split())}") from error
-    topics = persona.get("topics") if isinstance(persona, dict) else None
-    if not isinstance(topics, dict) or not topics or not isinstance(persona.get("facts", {}), dict):
+    persona = persona if isinstance(persona, dict) else {}
+    topics, facts = persona.get("topics"), persona.get("facts") or {}
+    if not isinstance(topics, dict) or not topics:
         raise UserError(f"persona {path} has no topics: copy {persona_file()} and edit the copy")
-    facts = persona.get("facts", {})
+    if not isinstance(facts, dict):
+        raise UserError(f"persona {path}: facts must be names with their values: copy {persona_file()} and edit the copy")
     greetings, farewells = (read_exchange(persona.get(part), f"{path}: {part}", facts) for part in ("greetings", "farewells"))
     return greetings, farewells, [read_exchange(topic, f"{path}: topic {name}", facts) for name, topic in topics.items()]
 
@@ -85,14 +88,14 @@ def identity_task(
 
     return Task("identity", View(range(count), make=write))
 
-# %% ../nbs/44_mixtures.ipynb #1f38f95b
+# %% ../nbs/44_mixtures.ipynb #35c1bfe5
 def jsonl_task(
     path: Path | str,  # one conversation a line
 ) -> Task:
     "Conversations from a file. Raises `UserError` with the file and the line for one that can't be read."
     path, examples = Path(path).expanduser(), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): name a file with one conversation a line, as in jsonl:my.jsonl") from error
     except UnicodeDecodeError as error:
@@ -114,7 +117,7 @@ def jsonl_task(
         raise UserError(f"{path} holds no conversations: one a line, as a JSON list of messages with role and content")
     return Task(f"jsonl:{path}", examples)
 
-# %% ../nbs/44_mixtures.ipynb #95a52592
+# %% ../nbs/44_mixtures.ipynb #e04d3240
 TASKS = (*WORLD_KINDS, "stories")  # what a run is examined with unless it says otherwise
 OTHERS = ("simple_spelling", "spelling_bee", "identity", "tinyworld")  # generated, like those, in any number
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
@@ -123,14 +126,14 @@ CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellin
 def load_task(
     name: str,  # one of TASKS, OTHERS, HUB_DATA, or jsonl:PATH; a dash counts as an underscore
     count: int | None = None,  # examples; None: all, or 1,000 of a generated task
-    seed: int = 0,  # which examples are generated, or in which order those of a file are taken; 0: the file's own
-    split: str = "test",  # "test": held out; "train"
+    seed: int = 0,  # which examples are generated, or which of a file are taken if not all are
+    split: str = "test",  # "test": held out, or for tinyworld and identity at least other conversations; "train"
     kinds: dict[str, float] | None = None,  # of tinyworld's conversations
     persona: str = "",  # a file; empty: the project's
 ) -> Task:
     "A task by its name. Raises `UserError` for an unknown one, with those that are known."
     if count is not None and count < 1:
-        raise UserError(f"{name} needs at least one example, not {count}: --max-problems 100")
+        raise UserError(f"{name} needs at least one example, not {count}: leave the number out for all of them, or make it larger")
     known, made = name.lower().replace("-", "_"), count or 1000
     if known in WORLD_KINDS:
         return world_task(known, made, seed, split)
@@ -146,11 +149,13 @@ def load_task(
         task = hub_task(known, split)
     elif name.startswith("jsonl:"):
         task = jsonl_task(name.removeprefix("jsonl:"))
+        tenths = range(9, len(task), 10)
+        task = replace(task, examples=View(task.examples, [i for i in range(len(task)) if (i in tenths) == (split == "test")]))
     else:
         raise UserError(f"task {name!r} is unknown; choose from {', '.join((*TASKS, *OTHERS, *HUB_DATA))} and jsonl:PATH: nanochat eval --tasks {TASKS[0]}")
-    return (task.shuffle(seed) if seed else task)[:count]
+    return task if count is None or count >= len(task) else task.shuffle(seed)[:count]  # files are sorted, by subject for example
 
-# %% ../nbs/44_mixtures.ipynb #6a5412d3
+# %% ../nbs/44_mixtures.ipynb #c52954c6
 def read_numbers(
     text: str,  # "name=number,name=number"; a number may be left out
     kind: Callable[[str], float] = int,  # int or float
@@ -158,11 +163,14 @@ def read_numbers(
     "Names with their numbers. Raises `UserError` for what can't be read."
     pairs = []
     for part in filter(None, map(str.strip, text.split(","))):
-        name, _, number = part.partition("=")
+        name, equals, number = part.rpartition("=")
         try:
-            pairs.append((name, kind(number.replace("_", "")) if number else None))
+            pairs.append((name, kind(number.replace("_", ""))) if equals else (part, None))
         except ValueError:
-            raise UserError(f"{part!r} is not of the form name=number: --set mid.mixture=tinyworld=8000,identity=1000") from None
+            if part.startswith("jsonl:"):  # the sign is one of the path's
+                pairs.append((part, None))
+                continue
+            raise UserError(f"{part!r} is not of the form name=number, as in tinyworld=8000,identity=1000 or chat=0.5,spelling=2") from None
     return pairs
 
 
@@ -175,11 +183,23 @@ def load_mixture(
     limit: int | None = None,  # conversations in all, each task in proportion; None: no limit
 ) -> Task:
     "The conversations of a stage, shuffled together. Raises `UserError` for what can't be read or isn't there."
-    weights = {kind: weight for kind, weight in read_numbers(kinds, float) if weight is not None} or None
-    tasks = [load_task(name, number, seed, split, weights, persona) for name, number in read_numbers(text)]
-    if not tasks:
+    weights = {kind: weight for kind, weight in read_numbers(kinds, float)} or None
+    if None in (weights or {}).values():
+        raise UserError(f"a kind of {kinds!r} has no weight, as in chat=0.5,spelling=2")
+    parts = read_numbers(text)
+    if not parts:
         raise UserError("a mixture needs at least one task: --set mid.mixture=tinyworld=8000")
-    total = sum(map(len, tasks))
-    if limit and total > limit:
-        tasks = [task[: max(1, len(task) * limit // total)] for task in tasks]
-    return replace(mix_tasks(tasks, seed), name=text)
+    if limit:  # the proportions are those of the whole mixture, also where a test set is small
+        sizes = [number or len(load_task(name, split="train")) for name, number in parts]
+        parts = [(name, max(1, min(size, round(limit * size / sum(sizes))))) for (name, _), size in zip(parts, sizes)]
+    tasks = [load_task(name, number, seed, split, weights, persona) for name, number in parts]
+    return replace(mix_tasks([task for task in tasks if len(task)], seed), name=text)
+
+
+def mixture_hash(
+    text: str,  # a mixture
+    persona: str = "",  # a file; empty: the project's
+) -> str:  # hexadecimal
+    "A hash of the files that a mixture reads: a persona, and conversations of one's own."
+    paths = [Path(persona or persona_file()), *(Path(name.removeprefix("jsonl:")) for name, _ in read_numbers(text) if name.startswith("jsonl:"))]
+    return hashlib.sha256(" ".join(sha256_file(path.expanduser()) for path in paths).encode()).hexdigest()

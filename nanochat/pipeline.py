@@ -117,7 +117,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #3e8e21f0
+# %% ../nbs/58_pipeline.ipynb #490ae5a4
 def merge_choices(
     before: dict[str, Any],  # how a run was begun; empty for a new one
     given: dict[str, Any],  # what is asked for now; None or empty: as before
@@ -145,7 +145,7 @@ def run_pipeline(
 
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
     file = this.path / "config.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"preset": "tiny", "corpus": None}
+    before = this.choices() or {"preset": "tiny", "corpus": None}
     choices = merge_choices(before, {"preset": preset, "corpus": corpus, "shape": shape or {}, "settings": settings or {}})
     if choices["preset"] not in PRESETS:
         raise UserError(f"preset {choices['preset']!r} is unknown; choose one of {', '.join(PRESETS)}: nanochat run --preset tiny")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'sample_group', 'advantages', 'policy_loss', 'RLConfig', 'QuestionLoader', 'RLTrainer', 'run_rl']
 
-# %% ../nbs/55_rl.ipynb #ab0f3705
+# %% ../nbs/55_rl.ipynb #564f722e
 import random
 from dataclasses import dataclass
 from statistics import mean
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .chat_eval import fit_prompt, score_task
+from .chat_eval import check_replies, fit_prompt, reply_room, score_task
 from .common import Ranks, UserError, get_device
 from .conversation import parse_reply, plain_text, render_prompt
 from .engine import Engine
@@ -24,7 +24,7 @@ from .run import Run
 from .tasks import Example, Task
 from .train import TrainConfig, Trainer, describe_machine, estimate_bytes, load_model, process_group, train
 
-# %% ../nbs/55_rl.ipynb #dca54e7d
+# %% ../nbs/55_rl.ipynb #e6263721
 class Rollout(NamedTuple):
     "One reply that was tried."
     ids: list[int]  # prompt, reply, and the token that ended it, if one did
@@ -39,22 +39,20 @@ def sample_group(
     examples: list[Example],  # questions
     samples: int,  # replies to each
     max_tokens: int,  # of a reply
-    temperature: float = 1.0,
     top_k: int = 50,
     seed: int = 0,
     first: int = 0,  # number of the first question in this step: the same replies on any number of ranks
 ) -> list[list[Rollout]]:  # a group for each question
     "Try each question several times, all side by side."
     tokenizer = engine.tokenizer
-    prompts = [fit_prompt(engine, render_prompt(tokenizer, e.question), min(max_tokens, engine.model.config.context // 2)) for e in examples]
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    replies = engine.complete(repeated, max_tokens, temperature, top_k, seed, batch=256, first=first * samples)
-    rollouts = []
-    for i, (prompt, reply) in enumerate(zip(repeated, replies)):
-        text = plain_text(parse_reply(tokenizer, reply.tokens))
+    prompts = [fit_prompt(engine, render_prompt(tokenizer, e.question), reply_room(engine, max_tokens)) for e in examples for _ in range(samples)]
+    replies = engine.complete(prompts, max_tokens, 1.0, top_k, seed, batch=256, first=first * samples)
+    texts = [plain_text(parse_reply(tokenizer, reply.tokens)) for reply in replies]
+    right, rollouts = check_replies(task, [(examples[i // samples], text) for i, text in enumerate(texts)]), []
+    for prompt, reply, text, reward in zip(prompts, replies, texts, right):
         end = [reply.stop] if reply.stop is not None else []
         mask = [0] * len(prompt) + [int(sampled) for sampled in reply.sampled] + [1] * len(end)
-        rollouts.append(Rollout([*prompt, *reply.tokens, *end], mask, float(task.check(examples[i // samples], text)), text))
+        rollouts.append(Rollout([*prompt, *reply.tokens, *end], mask, float(reward), text))
     return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 
 
@@ -78,7 +76,7 @@ def policy_loss(
     y = torch.tensor([[t if m else -1 for t, m in zip(r.ids[1:], r.mask[1:])] + [-1] * (width + 1 - len(r.ids)) for r in rollouts], device=device)
     return (model(x, y, reduction="none") * torch.tensor(weights, device=device)[:, None]).sum() / total
 
-# %% ../nbs/55_rl.ipynb #42dce09f
+# %% ../nbs/55_rl.ipynb #03b7ee6f
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
     "Settings of reinforcement learning."
@@ -88,8 +86,7 @@ class RLConfig(TrainConfig):
     samples: int = 16  # replies to each question
     steps: int = 0  # how many; 0: each question once
     max_tokens: int = 60  # of a reply
-    temperature: float = 1.0  # of sampling
-    top_k: int = 50  # of sampling
+    top_k: int = 50  # of sampling, whose temperature is 1
     exam: str = ""  # the task that is measured on the way; empty: the first of the mixture
     exam_items: int = 100  # its held-out questions, with eight replies each
     lr_scale: float = 0.05  # small steps
@@ -129,7 +126,7 @@ class QuestionLoader:
             self.orders = {epoch: numbers}
         return self.orders[epoch]
 
-# %% ../nbs/55_rl.ipynb #c7d47a7a
+# %% ../nbs/55_rl.ipynb #ec4ef3b5
 @dataclass
 class RLTrainer(Trainer):
     "The state of this stage; its loader is a `QuestionLoader`."
@@ -139,6 +136,9 @@ class RLTrainer(Trainer):
 
     def plan(self) -> None:
         "How many steps there will be, and how large one is."
+        if self.cfg.questions < 1 or self.cfg.samples < 2:
+            raise UserError(f"{self.cfg.questions} questions with {self.cfg.samples} replies each have no group to compare: "
+                            "--set rl.questions=16 --set rl.samples=16")
         if self.cfg.questions % self.ranks.world:
             raise UserError(f"{self.cfg.questions} questions can't be shared out over {self.ranks.world} ranks: --set rl.questions={2 * self.ranks.world}")
         self.steps = self.cfg.steps or max(1, len(self.task) // self.cfg.questions)
@@ -148,7 +148,7 @@ class RLTrainer(Trainer):
         "Groups of replies with the model as it is."
         self.model.eval()
         groups = sample_group(self.engine, self.task, [self.task[i] for i in numbers], self.cfg.samples, self.cfg.max_tokens,
-                              self.cfg.temperature, self.cfg.top_k, seed=self.cfg.seed + self.step, first=first)
+                              self.cfg.top_k, seed=self.cfg.seed + self.step, first=first)
         self.model.train()
         return groups
 
@@ -171,12 +171,12 @@ class RLTrainer(Trainer):
             part.backward()
             loss += part.detach()
         return self.apply_gradients(loss) | {"reward": right / count, "length": counted / count, "mixed": mixed / self.cfg.questions,
-                                             "tokens": self.step * self.step_size, "step_tokens": tokens}
+                                             "tokens": tokens, "step_tokens": tokens}
 
     def measure(self) -> tuple[float, str]:
         "Accuracy on held-out questions, with eight tries each, recorded."
         self.model.eval()
-        score = score_task(self.engine, self.exam, samples=8, temperature=self.cfg.temperature, max_tokens=self.cfg.max_tokens, ranks=self.ranks)
+        score = score_task(self.engine, self.exam, samples=8, temperature=1.0, max_tokens=self.cfg.max_tokens, ranks=self.ranks)
         self.model.train()
         self.log("eval", step=self.step, tokens=self.step * self.step_size, seconds=self.seconds, **score)
         return score["accuracy"], f"held out: {score['accuracy']:.1%} right (95%: {score['low']:.0%} to {score['high']:.0%}), pass@8 {score['pass_at']['8']:.1%}"

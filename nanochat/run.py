@@ -28,7 +28,7 @@ def _parse_lines(text: str) -> list[dict]:
     lines = text.split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
-# %% ../nbs/48_run.ipynb #6bdc1425
+# %% ../nbs/48_run.ipynb #94b0c35c
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -67,6 +67,11 @@ class Run:
         "Drop what a stage that resumes after `step` steps will write again."
         kept = [r for r in self.records() if r["stage"] != stage or r.get("step", 0) < step or (r["step"], r["kind"]) == (step, "step")]
         atomic_write(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def choices(self) -> dict[str, Any]:
+        "How the run was begun: preset, corpus, shape and settings, from config.json; empty for a new one."
+        file = self.path / "config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def stage_done(self, stage: str) -> bool:
         "Whether a stage has written its summary, which is the last thing it does."

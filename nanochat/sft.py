@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .midtrain import train_on_conversations
 from .train import TrainConfig
 
-# %% ../nbs/54_sft.ipynb #9d9fbf90
+# %% ../nbs/54_sft.ipynb #8d4b21a6
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     "Settings of supervised finetuning."
@@ -20,7 +20,7 @@ class SFTConfig(TrainConfig):
     kinds: str = ""  # weights of tinyworld's kinds of conversations; empty: the world's own
     persona: str = ""  # a file like nanochat/persona.yaml, for identity conversations; empty: the project's
     masked: bool = True  # True: predict the assistant's tokens only
-    packing: str = "whole"  # conversations in rows: "crop", "whole" or "pad"
+    packing: str = "whole"  # conversations in rows: "stream", "whole" or "pad"
     lr_scale: float = 0.1  # small steps
     cooldown: float = 1.0  # falling from the first step
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORLD_KINDS', 'WORDS_URL', 'ASK_LETTERS', 'ASK_SPELLING', 'Example', 'View', 'Chain', 'Task', 'join_tasks',
            'mix_tasks', 'find_code', 'check_world', 'world_task', 'story_task', 'talk_task', 'fetch_words', 'own_words',
-           'read_words', 'final_number', 'check_number', 'write_letters', 'spelling_example', 'counting_example',
-           'spelling_task']
+           'read_words', 'final_number', 'check_number', 'write_letters', 'spelling_example', 'check_letters',
+           'counting_example', 'spelling_task']
 
 # %% ../nbs/42_tasks.ipynb #da19941d
 import os
@@ -26,7 +26,7 @@ from .common import UserError, base_dir
 from .dataset import fetch_file
 from .sandbox import run_program
 
-# %% ../nbs/42_tasks.ipynb #128d0017
+# %% ../nbs/42_tasks.ipynb #dc0b243d
 @dataclass(frozen=True)
 class Example:
     "One conversation, and what a right reply to its last question is."
@@ -34,7 +34,7 @@ class Example:
     answer: str = ""  # the right answer: a number, a word, a reply on offer, or code that tests a program
     choices: tuple[str, ...] = ()  # replies on offer, one of them right; empty for an open question
     opening: str = ""  # plain text that puts the same question to a model that has not learnt to converse
-    task: str = ""  # the task that it comes from, where several are joined
+    rule: Callable[["Example", str], bool] | None = None  # how a reply is checked, where tasks with different rules are joined
 
     @property
     def question(self) -> list[dict]:
@@ -80,7 +80,7 @@ class Chain(Sequence):
         part = bisect_right(self.ends, number)
         return self.parts[part][number - self.ends[part]]
 
-# %% ../nbs/42_tasks.ipynb #777388b8
+# %% ../nbs/42_tasks.ipynb #b45193eb
 @dataclass(frozen=True)
 class Task:
     "Conversations of one kind, and the rule that says which replies are right."
@@ -123,15 +123,14 @@ def join_tasks(
     tasks: Sequence[Task],  # one named twice is there twice
 ) -> Task:
     "Tasks one after another: a curriculum. A reply is checked by the rule of the task that its question comes from."
-    checks = {task.name: task.check for task in tasks}
-    parts = [View(task.examples, make=partial(_set_task, task.name)) for task in tasks]
-    check = (lambda example, reply: checks[example.task](example, reply)) if all(checks.values()) else None
-    return Task("+".join(checks), Chain(parts), check)
+    parts = [View(task.examples, make=partial(_keep_rule, task.check)) for task in tasks]
+    check = (lambda example, reply: example.rule(example, reply)) if all(task.check for task in tasks) else None
+    return Task("+".join(dict.fromkeys(task.name for task in tasks)), Chain(parts), check)
 
 
-def _set_task(name: str, example: Example) -> Example:
-    "The same example with the name of its task."
-    return replace(example, task=example.task or name)
+def _keep_rule(check: Callable | None, example: Example) -> Example:
+    "The same example with the rule of its task."
+    return replace(example, rule=example.rule or check)
 
 
 def mix_tasks(
@@ -199,7 +198,7 @@ def talk_task(
     talks = islice(tinyworld.write_conversations(seed, kinds=kinds), count)
     return Task("tinyworld", [Example(talk.messages) for talk in talks])
 
-# %% ../nbs/42_tasks.ipynb #181942f6
+# %% ../nbs/42_tasks.ipynb #e9a728bd
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt"
 
 
@@ -224,7 +223,7 @@ def read_words(
 ) -> list[str]:  # lower case
     "The fetched word list, or the project's own words. Raises `UserError` for a list without words."
     path = base_dir() / "hub" / "words_alpha.txt"
-    words = path.read_text(encoding="utf-8").split() if path.exists() else own_words()
+    words = path.read_text(encoding="utf-8", errors="ignore").split() if path.exists() else own_words()
     chosen = [w for w in words if 3 <= len(w) <= 20 and w.isalpha() and w.isascii() and tinyworld.is_held_out(w) == (split == "test")]
     if not chosen:
         raise UserError(f"{path} holds no words: delete it, and nanochat fetch words")
@@ -246,7 +245,7 @@ def check_number(
     "Whether a reply's final number is the answer."
     return final_number(reply) == Fraction(example.answer)
 
-# %% ../nbs/42_tasks.ipynb #c6e28190
+# %% ../nbs/42_tasks.ipynb #38073c3c
 ASK_LETTERS = ("How many {letter} are in {word}?", "How often does {letter} occur in {word}?", "Count the letter {letter} in the word {word}.",
                "How many times is there a {letter} in {word}?", "In {word}, how many {letter} do you see?", "{word}: number of {letter}?",
                "Tell me how many {letter}'s {word} has.", "How many {letter}'s does one write in {word}?")
@@ -270,6 +269,14 @@ def spelling_example(
     word = rng.choice(words)
     messages = [{"role": "user", "content": rng.choice(ASK_SPELLING).format(word=word)}, {"role": "assistant", "content": write_letters(word)}]
     return Example(messages, ",".join(word))
+
+
+def check_letters(
+    example: Example,  # with letters and commas as its answer
+    reply: str,
+) -> bool:
+    "Whether what stands behind a reply's last colon is the letters of the word."
+    return "".join(reply.lower().rpartition(":")[2].split()).rstrip(".") == example.answer
 
 
 def counting_example(
@@ -298,5 +305,5 @@ def spelling_task(
     "Words to spell, or letters to count."
     words, make = read_words(split), spelling_example if name == "simple_spelling" else counting_example
     examples = View(range(count), make=lambda i: make(words, f"{name} {split} {seed} {i}"))
-    check = check_number if name == "spelling_bee" else lambda example, reply: example.answer in reply.lower().replace(" ", "")
+    check = check_number if name == "spelling_bee" else check_letters
     return Task(name, examples, check)

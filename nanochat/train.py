@@ -339,7 +339,7 @@ def compute_precision(
         raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
-# %% ../nbs/50_train.ipynb #94469791
+# %% ../nbs/50_train.ipynb #979355c0
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -427,7 +427,8 @@ class Trainer:
         "One step; gives what is to be known of it, the number of its tokens included."
         batch = list(islice(self.loader, self.micro_batches))
         loss = accumulate_gradients(self.compute, batch, self.autocast)
-        return self.apply_gradients(loss) | {"tokens": self.step * self.step_size, "step_tokens": self.step_size}
+        read = self.ranks.world * sum(x.numel() for x, _ in batch)  # fewer than a whole step's where rows end in padding
+        return self.apply_gradients(loss) | {"tokens": self.step * self.step_size, "step_tokens": read}
 
     def apply_gradients(
         self,

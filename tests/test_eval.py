@@ -9,18 +9,18 @@ import pytest
 import torch
 from conftest import call_nanochat
 
-from nanochat.chat_eval import count_right, score_choices, score_task, write_replies
+from nanochat.chat_eval import count_right, fit_prompt, score_choices, score_task, write_replies
 from nanochat.common import UserError
-from nanochat.conversation import check_messages
+from nanochat.conversation import check_messages, render_prompt
 from nanochat.engine import Engine
 from nanochat.evaluate import EvalConfig, run_evaluate
 from nanochat.mixtures import TASKS, load_task
-from nanochat.tasks import Example, Task
+from nanochat.tasks import Example, Task, join_tasks
 from nanochat.tools import calculate
 from nanochat.train import launch, load_model
 
 PUBLIC = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee", "simple_spelling")
-LONGEST = 40  # tokens of a reply
+LONGEST = 24  # tokens of a reply
 
 
 def encode_question(tokenizer, example, converse, room):
@@ -33,7 +33,7 @@ def encode_question(tokenizer, example, converse, room):
             assert message["role"] == "user"
             ids += [tokenizer.special["<|user_start|>"], *tokenizer.encode(message["content"]), tokenizer.special["<|user_end|>"]]
         ids += [tokenizer.special["<|assistant_start|>"]]
-    return ids[-room:]
+    return ids if len(ids) <= room else ids[:2] + ids[len(ids) - room + 2 :]
 
 
 @torch.no_grad()
@@ -42,7 +42,8 @@ def reference_choice(model, tokenizer, example, converse):
     plain, sums = not converse and example.opening, []
     for choice in example.choices:
         reply = tokenizer.encode(" " + choice if plain else choice)
-        ids = (encode_question(tokenizer, example, converse, 10**9) + reply)[-model.config.context :]
+        room = model.config.context - max(len(tokenizer.encode(" " + c if plain else c)) for c in example.choices)
+        ids = encode_question(tokenizer, example, converse, room) + reply
         logs = model(torch.tensor([ids]))[0].double().log_softmax(-1)
         sums.append(sum(logs[-len(reply) - 1 + i, token].item() for i, token in enumerate(reply)))
     ranked = sorted(sums)
@@ -80,20 +81,17 @@ def test_equal_to_one_question_at_a_time(demo_run, request, name, source):
         request.getfixturevalue("real_data")
     model, tokenizer, _ = load_model(demo_run, source)
     engine, task, converse = Engine(model, tokenizer), load_task(name, 50), source == "sft"
-    if name == "humaneval":
-        task = task[:20]
     if task.is_choice:
         expected, margins = zip(*(reference_choice(model, tokenizer, example, converse) for example in task))
         for batch in (1, 32):
             right = score_choices(engine, task, converse, batch)
             assert all(margin < 1e-4 or r == task.check(e, choice) for r, e, choice, margin in zip(right, task, expected, margins))
         return
-    expected = [reference_reply(model, tokenizer, example, converse) for example in task[:12]]
-    replies = [reply for (reply,) in write_replies(engine, list(task[:12]), max_tokens=LONGEST, converse=converse)]
+    expected = [reference_reply(model, tokenizer, example, converse) for example in task]
+    replies = [reply for (reply,) in write_replies(engine, list(task), max_tokens=LONGEST, converse=converse)]
     assert replies == expected
-    all_replies = [reply for (reply,) in write_replies(engine, list(task), max_tokens=LONGEST, converse=converse)]
     counted = count_right(engine, task, max_tokens=LONGEST, converse=converse)
-    assert counted == [int(task.check(e, reply)) for e, reply in zip(task, all_replies)]
+    assert counted == [int(task.check(e, reply)) for e, reply in zip(task, expected)]
 
 
 def test_a_stretch_of_samples_is_what_it_is_among_all(demo_run):
@@ -141,16 +139,25 @@ def test_tasks_without_questions_or_answers(demo_run):
     for task, words in ((Task("empty", [], lambda e, r: True), "no questions"), (load_task("identity", 3), "no right answers")):
         with pytest.raises(UserError, match=words):
             score_task(Engine(model, tokenizer), task)
+    with pytest.raises(UserError, match="mixes"):
+        score_task(Engine(model, tokenizer), join_tasks([load_task("choice", 2), load_task("facts", 2)]))
+    with pytest.raises(UserError, match="right answers"):
+        run_evaluate(EvalConfig(run="demo", tasks="counting,identity", items=2))
+    assert not [r for r in demo_run.records("eval", "score") if r["asked"]["items"] == 2], "something was computed before"
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end(demo_run):
     model, tokenizer, _ = load_model(demo_run, "sft")
-    question = load_task("choice", 1)[0]
-    long = Example([{"role": "user", "content": "blah " * 3000 + question.question[0]["content"]}, question.messages[1]], question.answer, question.choices)
-    task = load_task("choice", 1)
-    assert score_choices(Engine(model, tokenizer), Task("long", [long], task.check)) in ([True], [False])
-    (reply,) = write_replies(Engine(model, tokenizer), [Example(long.messages, long.answer)], max_tokens=20)[0]
-    assert isinstance(reply, str)
+    engine, question, check = Engine(model, tokenizer), load_task("choice", 1)[0], load_task("choice", 1).check
+    texts = ["blah " * count + question.question[0]["content"] for count in (3000, 4000)]
+    long = [Example([{"role": "user", "content": text}, question.messages[1]], question.answer, question.choices) for text in texts]
+    prompt = render_prompt(tokenizer, long[0].question)
+    fitted = fit_prompt(engine, prompt, 20)
+    assert len(fitted) == model.config.context - 20 and fitted[:2] == prompt[:2] and fitted[2:] == prompt[-len(fitted) + 2 :]
+    one, other = (write_replies(engine, [Example(e.messages, e.answer)], max_tokens=20) for e in long)
+    assert one == other, "what was cut off makes a difference"
+    assert score_choices(engine, Task("long", long[:1], check)) == score_choices(engine, Task("longer", long[1:], check))
+    assert score_task(engine, Task("long", long, check))["cut"] == 2
 
 
 def test_scored_once_and_table_of_all_stages(demo_run, capsys):
@@ -161,10 +168,18 @@ def test_scored_once_and_table_of_all_stages(demo_run, capsys):
     before = demo_run.metrics.read_text()
     run_evaluate(cfg)
     assert demo_run.metrics.read_text() == before and "is complete" in capsys.readouterr().out
-    result = call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "arithmetic,choice", "--max-problems", "6")
+    result = call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "Arithmetic, choice", "--max-problems", "6")
     header, *rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in result.stdout.splitlines() if line.startswith("|")]
     assert header == ["task", "questions", "chance", "base", "mid", "sft"] and [row[0] for row in rows[1:]] == ["arithmetic", "choice", "mean above chance of 2"]
     assert demo_run.metrics.read_text() == before
+    for arguments, count in ((["--seed", "3"], 2), (["--max-tokens", "5"], 2), ([], 0)):  # another examination is another table
+        records = len(demo_run.records("eval", "score"))
+        call_nanochat(demo_run.path.parent.parent, "eval", "--tasks", "arithmetic,choice", "--source", "sft", "--max-problems", "6", *arguments)
+        assert len(demo_run.records("eval", "score")) == records + count
+    default = call_nanochat(demo_run.path.parent.parent, "eval")
+    assert "is complete" in default.stdout and "| 8         |" in default.stdout, "the stage's own examination"
+    missing = call_nanochat(demo_run.path.parent.parent, "eval", "--source", "rl")
+    assert missing.returncode == 2 and "--stages rl" in missing.stderr
 
 
 def test_two_processes_write_what_one_writes(demo_run):
