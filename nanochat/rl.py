@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Rollout', 'sample_group', 'advantages', 'policy_loss', 'RLConfig', 'QuestionLoader', 'RLTrainer', 'run_rl']
 
-# %% ../nbs/55_rl.ipynb #564f722e
+# %% ../nbs/55_rl.ipynb #fb232c67
 import random
+import time
 from dataclasses import dataclass
 from statistics import mean
 from typing import NamedTuple
@@ -126,7 +127,7 @@ class QuestionLoader:
             self.orders = {epoch: numbers}
         return self.orders[epoch]
 
-# %% ../nbs/55_rl.ipynb #ec4ef3b5
+# %% ../nbs/55_rl.ipynb #ef7bf7ca
 @dataclass
 class RLTrainer(Trainer):
     "The state of this stage; its loader is a `QuestionLoader`."
@@ -148,7 +149,7 @@ class RLTrainer(Trainer):
         "Groups of replies with the model as it is."
         self.model.eval()
         groups = sample_group(self.engine, self.task, [self.task[i] for i in numbers], self.cfg.samples, self.cfg.max_tokens,
-                              self.cfg.top_k, seed=self.cfg.seed + self.step, first=first)
+                              self.cfg.top_k, seed=1_000_003 * self.cfg.seed + self.step, first=first)
         self.model.train()
         return groups
 
@@ -159,7 +160,7 @@ class RLTrainer(Trainer):
         pairs = sorted(zip(rollouts, (a for group in groups for a in advantages(group))), key=lambda pair: len(pair[0].ids))
         useful = [pair for pair in pairs if pair[1]] or pairs[:1]  # a backward pass on every rank, even if there is nothing to learn
         sums = torch.tensor([sum(r.reward for r in rollouts), sum(sum(r.mask) for r in rollouts), len(rollouts), sum(len(r.ids) for r in rollouts),
-                             sum(0 < sum(r.reward for r in g) < len(g) for g in groups)], dtype=torch.float64, device=self.device)
+                             sum(0 < sum(r.reward for r in g) < len(g) for g in groups)], dtype=torch.float32, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(sums)
         right, counted, count, tokens, mixed = sums.tolist()
@@ -183,10 +184,9 @@ class RLTrainer(Trainer):
 
     def estimate(self) -> tuple[float, int]:
         "What the rest of the stage will cost, from one step's replies; the backward pass takes about as long again."
-        import time
-
         start = time.perf_counter()
-        longest = max(len(r.ids) for group in self.roll_out(list(range(self.cfg.questions // self.ranks.world)), 0) for r in group)
+        numbers = [i % len(self.task) for i in range(self.cfg.questions // self.ranks.world)]
+        longest = max(len(r.ids) for group in self.roll_out(numbers, 0) for r in group)
         seconds = 2 * (time.perf_counter() - start) * (self.steps - self.step)
         return seconds, estimate_bytes(self.model.config, self.model.num_params(), self.cfg.device_rows * longest)
 
