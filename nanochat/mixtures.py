@@ -117,7 +117,7 @@ def jsonl_task(
         raise UserError(f"{path} holds no conversations: one a line, as a JSON list of messages with role and content")
     return Task(f"jsonl:{path}", examples)
 
-# %% ../nbs/44_mixtures.ipynb #e04d3240
+# %% ../nbs/44_mixtures.ipynb #4bdf6c67
 TASKS = (*WORLD_KINDS, "stories")  # what a run is examined with unless it says otherwise
 OTHERS = ("simple_spelling", "spelling_bee", "identity", "tinyworld")  # generated, like those, in any number
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
@@ -149,13 +149,13 @@ def load_task(
         task = hub_task(known, split)
     elif name.startswith("jsonl:"):
         task = jsonl_task(name.removeprefix("jsonl:"))
-        tenths = range(9, len(task), 10)
-        task = replace(task, examples=View(task.examples, [i for i in range(len(task)) if (i in tenths) == (split == "test")]))
+        if len(tenths := range(9, len(task), 10)):
+            task = replace(task, examples=View(task.examples, [i for i in range(len(task)) if (i in tenths) == (split == "test")]))
     else:
         raise UserError(f"task {name!r} is unknown; choose from {', '.join((*TASKS, *OTHERS, *HUB_DATA))} and jsonl:PATH: nanochat eval --tasks {TASKS[0]}")
     return task if count is None or count >= len(task) else task.shuffle(seed)[:count]  # files are sorted, by subject for example
 
-# %% ../nbs/44_mixtures.ipynb #c52954c6
+# %% ../nbs/44_mixtures.ipynb #5cb7b1e2
 def read_numbers(
     text: str,  # "name=number,name=number"; a number may be left out
     kind: Callable[[str], float] = int,  # int or float
@@ -193,7 +193,7 @@ def load_mixture(
         sizes = [number or len(load_task(name, split="train")) for name, number in parts]
         parts = [(name, max(1, min(size, round(limit * size / sum(sizes))))) for (name, _), size in zip(parts, sizes)]
     tasks = [load_task(name, number, seed, split, weights, persona) for name, number in parts]
-    return replace(mix_tasks([task for task in tasks if len(task)], seed), name=text)
+    return replace(mix_tasks(tasks, seed), name=text)
 
 
 def mixture_hash(

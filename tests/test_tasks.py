@@ -381,6 +381,8 @@ def test_conversations_of_ones_own_are_held_out(tmp_path):
     parts = [[e.messages[0]["content"] for e in load_mixture(f"jsonl:{path}{number}", 0, split)]
              for split, number in (("train", ""), ("test", ""), ("train", "=7"))]
     assert sorted(parts[0] + parts[1]) == sorted(talk[0]["content"] for talk in talks) and len(parts[1]) == 2 and len(parts[2]) == 7
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks[:4]))
+    assert len(load_mixture(f"jsonl:{path}", 0, "train")) == len(load_mixture(f"jsonl:{path}", 0, "test")) == 4, "too few to hold any out"
 
 
 def test_rows_follow_the_persona(tmp_path):
