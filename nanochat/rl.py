@@ -77,12 +77,12 @@ def policy_loss(
     y = torch.tensor([[t if m else -1 for t, m in zip(r.ids[1:], r.mask[1:])] + [-1] * (width + 1 - len(r.ids)) for r in rollouts], device=device)
     return (model(x, y, reduction="none") * torch.tensor(weights, device=device)[:, None]).sum() / total
 
-# %% ../nbs/55_rl.ipynb #03b7ee6f
+# %% ../nbs/55_rl.ipynb #283eb083
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
     "Settings of reinforcement learning."
     STAGE = "rl"
-    mixture: str = "large_sums=3000,arithmetic=1000"  # what is practised: open tasks, and how many questions of each
+    mixture: str = "large_sums=2000,arithmetic=2000"  # what is practised: open tasks, and how many questions of each
     questions: int = 16  # of one step, over all ranks
     samples: int = 16  # replies to each question
     steps: int = 0  # how many; 0: each question once
