@@ -16,6 +16,15 @@ def call_nanochat(base, *arguments, environment=None, **kwargs):
     return subprocess.run([NANOCHAT, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=300, **kwargs)
 
 
+def run_ranks(count, *arguments):
+    "Run a script in so many processes, through torchrun if there are several; gives what it printed."
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+    done = subprocess.run([sys.executable, *command, *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     "A base directory that all tests of the command line share."
@@ -40,7 +49,7 @@ def demo_run(base, demo, tmp_path, monkeypatch):
     return Run("demo")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data():
     "The folder of real data. Without one the test is skipped, and fails in CI."
     folder = os.environ.get("NANOCHAT_TEST_DATA")

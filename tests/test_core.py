@@ -1,9 +1,6 @@
 "CORE against an implementation of one item at a time that shares nothing with ours but the model and the tokenizer."
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 import zipfile
 from contextlib import contextmanager
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,10 +210,8 @@ if ranks.world > 1: dist.destroy_process_group()
 def test_two_processes_give_the_same_numbers(tmp_path):
     write_bundle(tmp_path)
     (tmp_path / "rank.py").write_text(RANK)
-    arguments = [str(tmp_path / "rank.py"), os.path.dirname(__file__), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *arguments], check=True, env=environment)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments], check=True, env=environment, capture_output=True)
+    for count in (1, 2):
+        run_ranks(count, tmp_path / "rank.py", Path(__file__).parent, tmp_path)
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
     assert one == first == second and len(one[1]) == 3
 
@@ -223,12 +219,9 @@ def test_two_processes_give_the_same_numbers(tmp_path):
 # The real tasks
 
 @pytest.fixture(scope="module")
-def real():
+def real(real_data):
     "The tasks, and a model that has read a little of them."
-    folder = os.environ.get("NANOCHAT_TEST_DATA")
-    if not folder:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("set NANOCHAT_TEST_DATA to a folder with eval_bundle/, the real tasks of CORE")
-    tasks = read_bundle(Path(folder) / "eval_bundle")
+    tasks = read_bundle(real_data / "eval_bundle")
     texts = {task.name: [render_item(task, item)[-1] for item in read_items(task)[:300]] for task in tasks}
     tokenizer = Tokenizer.train([text for some in texts.values() for text in some], 1024)
     torch.manual_seed(0)

@@ -1,13 +1,10 @@
 """Accuracies against a straightforward implementation: one question at a time, no batches, no cache, no shared beginnings."""
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import call_nanochat
+from conftest import call_nanochat, run_ranks
 
 from nanochat.chat_eval import count_right, fit_prompt, score_choices, score_task, write_replies
 from nanochat.common import UserError
@@ -125,13 +122,8 @@ with process_group(torch.device("cpu")) as ranks:
 def test_two_ranks_equal_one(demo_run, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    outputs = []
-    for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr
-        outputs.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert outputs[0] == outputs[1]
+    one, two = (json.loads(run_ranks(count, script).strip().splitlines()[-1]) for count in (1, 2))
+    assert one == two
 
 
 def test_tasks_without_questions_or_answers(demo_run):

@@ -1,12 +1,11 @@
 "Scores of texts against one text at a time, in every batch, with and without sharing; two processes against one."
 import json
 import math
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,10 +158,7 @@ def make_groups():
 
 def test_two_processes_give_the_same_bits(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
-    arguments = [str(tmp_path / "rank.py"), os.path.dirname(__file__), str(tmp_path / "scores")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *arguments], check=True, env=environment)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments], check=True, env=environment,
-                   capture_output=True)
+    for count in (1, 2):
+        run_ranks(count, tmp_path / "rank.py", Path(__file__).parent, tmp_path / "scores")
     one, first, second = (json.loads((tmp_path / f"scores_{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
     assert one == first == second and len(one) == 30

@@ -290,14 +290,11 @@ def test_a_broken_sandbox_is_no_failure_of_the_program():
             launch("", FAST, "root")
 
 
-def human_eval():
-    folder = os.environ.get("NANOCHAT_TEST_DATA")
-    if not folder:
-        assert not os.environ.get("CI"), "set NANOCHAT_TEST_DATA to a folder with hub/openai/openai_humaneval"
-        pytest.skip("set NANOCHAT_TEST_DATA to a folder with hub/openai/openai_humaneval")
+@pytest.fixture(scope="module")
+def human_eval(real_data):
     import pyarrow.parquet as parquet
 
-    rows = [row for path in Path(folder).glob("hub/openai/openai_humaneval/**/*.parquet") for row in parquet.read_table(path).to_pylist()]
+    rows = [row for path in real_data.glob("hub/openai/openai_humaneval/**/*.parquet") for row in parquet.read_table(path).to_pylist()]
     assert len(rows) == 164
     return rows
 
@@ -306,16 +303,14 @@ def join(row, solution):
     return f"{row['prompt']}{solution}\n{row['test']}\ncheck({row['entry_point']})"
 
 
-def test_human_eval_solutions_pass(namespaces):
-    rows = human_eval()
-    outcomes = run_programs([join(row, row["canonical_solution"]) for row in rows], Limits(seconds=20, cpu_seconds=20), namespaces)
-    assert [(row["task_id"], o.reason) for row, o in zip(rows, outcomes) if not o.passed] == []
+def test_human_eval_solutions_pass(namespaces, human_eval):
+    outcomes = run_programs([join(row, row["canonical_solution"]) for row in human_eval], Limits(seconds=20, cpu_seconds=20), namespaces)
+    assert [(row["task_id"], o.reason) for row, o in zip(human_eval, outcomes) if not o.passed] == []
 
 
-def test_human_eval_without_solutions_fails(namespaces):
-    rows = human_eval()
-    outcomes = run_programs([join(row, "    return None\n") for row in rows], Limits(seconds=20, cpu_seconds=20), namespaces)
-    assert {row["task_id"] for row, o in zip(rows, outcomes) if o.passed} == set()
+def test_human_eval_without_solutions_fails(namespaces, human_eval):
+    outcomes = run_programs([join(row, "    return None\n") for row in human_eval], Limits(seconds=20, cpu_seconds=20), namespaces)
+    assert {row["task_id"] for row, o in zip(human_eval, outcomes) if o.passed} == set()
 
 
 def test_a_machine_where_nothing_runs_says_so(monkeypatch):
