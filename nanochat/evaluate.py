@@ -86,7 +86,7 @@ def describe_score(
     text += "".join(f"  pass@{k} {p:.0%}" for k, p in list(score.get("pass_at", {}).items())[-1:])
     return text + (f"  {score['cut']} were longer than the context" if score.get("cut") else "")
 
-# %% ../nbs/56_evaluate.ipynb #3d9e5c5e
+# %% ../nbs/56_evaluate.ipynb #ba72e00d
 def how_asked(
     run: Run,
     source: str,
@@ -134,8 +134,8 @@ def plan_exam(
     if cfg.items < 0 or cfg.samples < 1 or cfg.max_tokens < 1:
         raise UserError(f"questions must be 0 or more, samples and tokens at least 1, not {cfg.items}, {cfg.samples} and {cfg.max_tokens}: "
                         "nanochat eval --max-problems 100 --samples 1 --max-tokens 200")
-    done = {(r["source"], _name(r)) for r in asked_records(run, cfg)}
-    plan = {source: [name for name in read_names(cfg.tasks) if (source, name) not in done] for source in find_sources(run, cfg)}
+    done, names = {(r["source"], _name(r)) for r in asked_records(run, cfg)}, read_names(cfg.tasks)
+    plan = {source: [name for name in names if (source, name) not in done] for source in find_sources(run, cfg)}
     return {source: names for source, names in plan.items() if names}
 
 
@@ -153,13 +153,14 @@ def run_evaluate(
             run.log("eval", "config", settings=asdict(cfg))
             print(f"asking {', '.join(plan)}: {sum(map(len, plan.values()))} tasks in all, {cfg.items or 'all their'} questions each", flush=True)
         for source, names in plan.items():
-            model, tokenizer, meta = load_model(run, source, device)
+            asked, (model, tokenizer, meta) = how_asked(run, source, cfg), load_model(run, source, device)
+            engine = Engine(model, tokenizer)
             for name in names:
                 began = time.perf_counter()
                 with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
-                    kind, score = ask_model(Engine(model, tokenizer), name, cfg, source, ranks)
+                    kind, score = ask_model(engine, name, cfg, source, ranks)
                 if ranks.is_main:
-                    run.log("eval", kind, source=source, checkpoint=meta["step"], asked=how_asked(run, source, cfg), **score)
+                    run.log("eval", kind, source=source, checkpoint=meta["step"], asked=asked, **score)
                     print(describe_score(source, kind, score, time.perf_counter() - began), flush=True)
         if ranks.is_main:
             seconds = time.perf_counter() - start
