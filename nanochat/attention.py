@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['EPS', 'use_own_gradient', 'inverse_rms', 'rms_gradient', 'RMSNorm', 'rms_norm', 'rotary_tables', 'apply_rotary',
-           'rotate_into', 'RotaryNorm', 'place_and_normalize', 'BlockedAttention', 'block_weights', 'attend', 'KVCache',
-           'Attention']
+           'rotate_into', 'rotate_and_normalize', 'RotaryNorm', 'place_and_normalize', 'BlockedAttention',
+           'block_weights', 'attend', 'KVCache', 'Attention']
 
-# %% ../nbs/20_attention.ipynb #addf6377
+# %% ../nbs/20_attention.ipynb #62a45556
 import math
+from copy import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/20_attention.ipynb #b0dce287
+# %% ../nbs/20_attention.ipynb #5a873b80
 EPS = torch.finfo(torch.float32).eps  # keeps a vector of zeros from dividing by zero
 
 
 def use_own_gradient(
     x: Tensor,
 ) -> bool:  # whether to use the functions with gradients of our own
-    "True on a CPU, unless `torch.compile` is at work: it merges passes by itself."
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    "True on a CPU while gradients are recorded, unless `torch.compile` is at work: it merges passes by itself."
+    return (x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float32, torch.float64)
+            and not torch.compiler.is_compiling())
 
 
 def inverse_rms(
@@ -85,7 +87,7 @@ def apply_rotary(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
-# %% ../nbs/20_attention.ipynb #f7301b1c
+# %% ../nbs/20_attention.ipynb #1919bbd3
 def rotate_into(
     out: Tensor,  # (B, T, heads, D) overwritten
     x: Tensor,  # (B, T, heads, D)
@@ -99,15 +101,24 @@ def rotate_into(
     return out
 
 
+def rotate_and_normalize(
+    x: Tensor,  # (B, T, heads, D)
+    cos: Tensor,  # as for `apply_rotary`
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:  # (B, T, heads, D) with the heads in front in memory, and what it was multiplied by
+    "`apply_rotary` and `rms_norm` in one tensor."
+    B, T, H, D = x.shape
+    y = rotate_into(x.new_empty(B, H, T, D).transpose(1, 2), x, cos, sin)
+    r = inverse_rms(y)
+    return y.mul_(r), r
+
+
 class RotaryNorm(torch.autograd.Function):
     "Turn, then normalise."
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, H, D = x.shape
-        y = rotate_into(x.new_empty(B, H, T, D).transpose(1, 2), x, cos, sin)
-        r = inverse_rms(y)
-        y.mul_(r)
+        y, r = rotate_and_normalize(x, cos, sin)
         ctx.save_for_backward(y, r, cos, sin)
         return y.transpose(1, 2)
 
@@ -126,6 +137,8 @@ def place_and_normalize(
     "Rotary positions, then normalisation of each head."
     if use_own_gradient(x):
         return RotaryNorm.apply(x, cos, sin)
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return rotate_and_normalize(x, cos, sin)[0].transpose(1, 2)
     return rms_norm(apply_rotary(x, cos, sin)).transpose(1, 2)
 
 # %% ../nbs/20_attention.ipynb #14febf45
@@ -187,7 +200,7 @@ def attend(
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
 
-# %% ../nbs/20_attention.ipynb #9752633a
+# %% ../nbs/20_attention.ipynb #8a2329d8
 class KVCache:
     "Keys and values of the past, for all layers and for rows of different lengths."
 
@@ -204,6 +217,13 @@ class KVCache:
         self.data = torch.zeros(layers, 2, batch, kv_heads, length, head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # filled positions of each row
         self.longest, self.even = 0, True  # the largest of `lengths`; whether all are the same
+        self.joined: dict[int, Tensor] = {}  # layer -> weights of its queries, keys and values
+
+    def rows(self, start: int, end: int) -> "KVCache":
+        "Some of the rows as a cache of their own, which writes into this one."
+        part = copy(self)
+        part.data, part.lengths = self.data[:, :, start:end], self.lengths[start:end]
+        return part
 
     def set_lengths(self, lengths: list[int]) -> None:
         "Say how much of each row counts, after a prefill that was padded on the right."
@@ -232,14 +252,13 @@ class KVCache:
     @torch.no_grad()
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # all keys and values so far (B, K, S, D)
         "Store keys and values (B, K, T, D) of the next positions, and give back all."
-        where = self.positions(k.size(2))
-        for past, new in zip(self.data[layer], (k, v)):
+        where, end, (keys, values) = self.positions(k.size(2)), self.longest + k.size(2), self.data[layer]
+        for past, new in ((keys, k), (values, v)):
             if self.even:
                 past[:, :, where] = new
             else:
                 past.scatter_(2, where[:, None, :, None].expand_as(new), new.to(past.dtype))
-        end = self.longest + k.size(2)
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, count: int) -> Tensor | None:  # (B, 1, count, S) or (1, 1, count, S), True where a query may look
         "What the next `count` queries may see; None for the simple cases: an empty cache, or one query in rows of one length."
@@ -249,7 +268,7 @@ class KVCache:
         where = keys[self.longest :] if self.even else self.positions(count)
         return (keys <= where[..., None]).view(-1, 1, count, len(keys))
 
-# %% ../nbs/20_attention.ipynb #9c3b13d8
+# %% ../nbs/20_attention.ipynb #8b089a4b
 class Attention(nn.Module):
     "Causal grouped-query attention with rotary positions and normalised queries and keys."
 
@@ -267,6 +286,17 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.c_proj = nn.Linear(width, width, bias=False)
 
+    def join_weights(
+        self,
+        cache: KVCache | None,
+    ) -> Tensor:  # ((H + 2 K) D, C)
+        "The weights of queries, keys and values side by side; with a cache, joined once for all of its life."
+        if cache is None:
+            return torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
+        if self.layer not in cache.joined:
+            cache.joined[self.layer] = self.join_weights(None)
+        return cache.joined[self.layer]
+
     def forward(
         self,
         x: Tensor,  # (B, T, C)
@@ -275,7 +305,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,  # from `cache.mask`, when there is a cache
     ) -> Tensor:  # (B, T, C)
         B, T, C = x.shape
-        qkv = F.linear(x, torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])).view(B, T, -1, self.head_dim)
+        qkv = F.linear(x, self.join_weights(cache)).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = place_and_normalize(qk, *rotary).split([self.heads, self.kv_heads], dim=1)
         v = v.transpose(1, 2)  # all (B, heads, positions, D) now

@@ -105,7 +105,7 @@ class Row:
         elif self.call is not None:
             self.call.append(token)
 
-# %% ../nbs/32_engine.ipynb #ffe3e99a
+# %% ../nbs/32_engine.ipynb #f46d6f00
 @torch.inference_mode()
 def prefill(
     model: GPT,
@@ -114,13 +114,16 @@ def prefill(
 ) -> tuple[Tensor, KVCache]:  # scores of each row's next token (B, V), and a cache of B rows
     "Read prompts, each distinct one once."
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    lengths, device = [len(prompt) for prompt in place], model.cos.device
-    ids = torch.tensor([prompt + (0,) * (max(lengths) - len(prompt)) for prompt in place], device=device)
-    cache = model.new_cache(len(place), size)
-    h = model.hidden(ids, cache)
+    distinct, lengths, device = list(place), [len(prompt) for prompt in place], model.cos.device
+    cache, last = model.new_cache(len(place), size), []
+    count = max(1, (2**12 if device.type == "cpu" else 2**18) // max(lengths))  # rows whose activations fit a CPU's cache, or a GPU's memory
+    for start in range(0, len(place), count):
+        part, ends = distinct[start : start + count], lengths[start : start + count]
+        ids = torch.tensor([prompt + (0,) * (max(ends) - len(prompt)) for prompt in part], device=device)
+        h = model.hidden(ids, cache.rows(start, start + len(part)))
+        last.append(h[torch.arange(len(part), device=device), torch.tensor(ends, device=device) - 1])
     cache.set_lengths(lengths)
-    last = torch.tensor(lengths, device=device) - 1
-    logits = model.logits(h[torch.arange(len(place), device=device), last])
+    logits = model.logits(torch.cat(last))
     rows = [place[tuple(prompt)] for prompt in prompts]
     if rows != list(range(len(place))):
         cache.keep(rows)

@@ -138,6 +138,9 @@ class ScriptCache:
     def __init__(self):
         self.names, self.longest = [], 0
 
+    def rows(self, start, end):
+        return self
+
     def set_lengths(self, lengths):
         self.lengths, self.longest = list(lengths), max(lengths)
 
