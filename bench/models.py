@@ -1,0 +1,126 @@
+"""Training, decoding and quality of models, each in a process of its own."""
+import tempfile
+from argparse import Namespace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, measure_peak, save_rows
+from nanochat.common import UserError, get_device
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.train import peak_flops
+
+SHAPES = {  # depth, width, heads, vocabulary, context, row, rows of a batch
+    "micro": (1, 64, 1, 320, 128, 32, 2),
+    "tiny": (4, 128, 1, 2048, 256, 160, 24),
+    "small": (4, 256, 2, 4096, 512, 512, 8),
+    "wide": (6, 384, 3, 2048, 512, 512, 8),
+    "d12": (12, 768, 6, 65_536, 2048, 2048, 16),
+    "d20": (20, 1280, 10, 65_536, 2048, 2048, 8),
+}
+
+
+def read_shape(
+    name: str,  # a key of SHAPES
+    context: int | None = None,  # None: as the name says
+) -> tuple[dict[str, int], int, int]:  # fields of GPTConfig, row, rows of a batch
+    "A configuration by its name."
+    if name not in SHAPES:
+        raise UserError(f"configuration {name!r} is unknown; choose one of {', '.join(SHAPES)}: --config small")
+    depth, width, heads, vocab, own, row, rows = SHAPES[name]
+    return {"vocab_size": vocab, "depth": depth, "width": width, "heads": heads, "kv_heads": heads, "context": context or own}, row, rows
+
+
+def save_weights(
+    shape: dict[str, int],
+    path: Path,
+) -> Path:
+    "Weights for everybody; none of them is zero, so that a wrong one shows in the loss."
+    model = GPT(GPTConfig(**shape)).init_weights(seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not weight.any():
+                weight.normal_(0, 0.1 if name == "lm_head.weight" else 0.02, generator=generator)
+    save_file(model.state_dict(), path)
+    return path
+
+
+def list_variants(
+    args: Namespace,
+    job: dict,  # what all have in common
+    compiled: bool = True,  # whether compiled ones are asked for with --compile
+    device: str = "cpu",
+) -> list[Variant]:
+    "Ours, transformers', and those of the checkouts, eager and compiled; `--only` chooses among them by a part of the name."
+    sources = [("ours", "worker_ours.py", HERE.parent), ("transformers", "worker_transformers.py", HERE)]
+    sources += [(f"public {folder.name}", "worker_public.py", folder) for folder in map(check_peer, args.peer)]
+    job = {"device": device, "precision": args.precision, **job}
+    modes = (False, True) if compiled and args.compile else (False,)
+    variants = [Variant(name + (" compiled" if mode else ""), HERE / script, job | {"compile": mode}, path, {"NANOCHAT_DTYPE": args.precision}, name == "ours")
+                for name, script, path in sources for mode in modes]
+    return [v for v in variants if not args.only or any(part in v.name for part in args.only.split(","))]
+
+
+def train(args: Namespace) -> None:
+    "Steps of training."
+    device = get_device(args.device)
+    machine = describe_machine(device)
+    print(machine)
+    shape, row, rows = read_shape(args.config)
+    shape["context"] = row  # what attention costs
+    rows = args.batch or rows
+    peak = peak_flops(device) if device.type == "cuda" else measure_peak(device, getattr(torch, args.precision))
+    with tempfile.TemporaryDirectory() as folder:
+        ids = torch.randint(shape["vocab_size"], (64 * rows, row + 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        save_file({"train": ids}, Path(folder) / "rows")
+        job = {"shape": shape, "batch": rows, "rows": f"{folder}/rows", "weights": str(save_weights(shape, Path(folder) / "weights"))}
+        variants = list_variants(args, job, device=device.type)
+        with Team(variants) as team:
+            warm = team.ask("warmup")
+            measured = team.measure(args.rounds, "steps", count=args.steps)
+            about = {name: worker.about for name, worker in team.workers.items()}
+    expected = next((warm[v.name]["loss"] for v in variants if v.ours and v.name in warm), None)
+    results = {}
+    for name, m in measured.items():
+        speed = rows * row / m["step"]
+        parts = {f"{part} ms": 1000 * m[part] for part in ("data", "forward", "backward", "optimizer", "step")}
+        same = abs(warm[name]["loss"] - expected) if about[name]["same_weights"] and expected is not None else "other weights"
+        results[name] = {"parameters": about[name]["parameters"], "first loss - ours": same, "first step s": warm[name]["first step s"], **parts,
+                         "tokens/s": speed, "GFLOP/s": speed * about[name]["flops"] / 1e9, "% of peak": 100 * speed * about[name]["flops"] / peak,
+                         "MB": m["memory"] / 1e6}
+    configuration = f"{args.config} {rows}x{row} {args.precision} {device.type}"
+    print(f"\ntrain, {configuration}: {shape['depth']} blocks of width {shape['width']}, {shape['vocab_size']} tokens, medians of {args.rounds} rounds")
+    print(format_table(results, {v.name for v in variants if v.ours}, "tokens/s"))
+    print(f"added to {save_rows('train', machine, configuration, results)}")
+
+
+def decode(args: Namespace) -> None:
+    "Writing tokens."
+    device = get_device(args.device)
+    machine = describe_machine(device)
+    print(machine)
+    lengths, batches = ([int(n) for n in text.split(",")] for text in (args.prompts, args.batches))
+    shape, _, _ = read_shape(args.config, context=max(lengths) + args.new)
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"shape": shape, "weights": str(save_weights(shape, Path(folder) / "weights"))}
+        variants = list_variants(args, job, compiled=False, device=device.type)
+        with Team(variants) as team:
+            for length in lengths:
+                for batch in batches:
+                    team.ask("decode", length=length, batch=batch, new=min(args.new, 8))  # warms up
+                    measured = team.measure(args.rounds, "decode", length=length, batch=batch, new=args.new)
+                    said = next((measured[v.name]["said"] for v in variants if v.ours and v.name in measured), [])
+                    results = {name: {"first token ms": 1000 * m["first"], "tokens/s": batch / m["later"],
+                                      "as ours": f"{sum(a == b for a, b in zip(m['said'], said))} of {args.new}"
+                                      if team.workers[name].about["same_weights"] else "other weights", "MB": m["memory"] / 1e6}
+                               for name, m in measured.items()}
+                    configuration = f"{args.config} prompt {length} batch {batch} new {args.new} {args.precision} {device.type}"
+                    print(f"\ndecode, {configuration}, medians of {args.rounds} rounds")
+                    print(format_table(results, {v.name for v in variants if v.ours}, "tokens/s"))
+                    if batch == 1:
+                        print(format_table(results, {v.name for v in variants if v.ours}, "first token ms", lower=True).splitlines()[-1])
+                    path = save_rows("decode", machine, configuration, results)
+    print(f"added to {path}")
