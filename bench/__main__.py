@@ -3,6 +3,7 @@ import argparse
 import os
 import sys
 
+from bench.harness import check_peer
 from nanochat.common import UserError
 
 
@@ -32,8 +33,9 @@ def parse_arguments(
             sub.add_argument("--batches", default="1,8,64", help="texts side by side")
             sub.add_argument("--new", type=int, default=128, help="tokens to write")
         if name in ("quality", "tokenizer"):
-            sub.add_argument("--corpus", default="tinyworld", help="tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH")
+            sub.add_argument("--corpus", default="tinyworld" if name == "quality" else "", help="tinyworld, tinystories, fineweb_edu, climbmix or folder:PATH")
         if name == "quality":
+            sub.add_argument("--shards", type=int, default=8, help="training shards of the corpus")
             sub.add_argument("--minutes", default="1,2,5", help="budgets of training, with commas")
             sub.add_argument("--vocab-size", type=int, default=0, help="tokens; 0: the configuration's")
         if name == "tokenizer":
@@ -47,6 +49,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     args = parse_arguments(sys.argv[1:])
     try:
+        for path in getattr(args, "peer", []):
+            check_peer(path)
         if args.what in ("train", "decode", "quality"):
             from bench import models as suite
         elif args.what == "import":

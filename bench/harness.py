@@ -43,8 +43,8 @@ class Worker:
         variant: Variant,
     ):
         self.name, self.log = variant.name, tempfile.TemporaryFile("w+")
-        environment = {**os.environ, "GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "PYTHONPATH": str(variant.path), **variant.environment}  # threads that wait don't spin: the others are being measured
+        environment = {**os.environ, "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "PYTHONPATH": str(variant.path), **variant.environment}  # threads that wait soon sleep, in all alike
         self.process = subprocess.Popen([sys.executable, str(variant.script), json.dumps(variant.job)], env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
         self.about = self.read()
@@ -111,10 +111,10 @@ class Team:
         for worker in self.workers.values():
             worker.close()
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, dict]:  # name -> answer
-        "The same command for one after another."
+    def ask(self, do: str, first: int = 0, **arguments: Any) -> dict[str, dict]:  # name -> answer
+        "The same command for one after another; `first` says who begins."
         answers = {}
-        for name, worker in list(self.workers.items()):
+        for name, worker in take_turns(list(self.workers.items()), first):
             try:
                 answers[name] = worker.ask(do, **arguments)
             except WorkerFailed as error:
@@ -130,10 +130,19 @@ class Team:
     ) -> dict[str, dict]:  # name -> measure -> the median of the rounds, of what isn't a number the last
         "A command again and again, by turns."
         answers: dict[str, list[dict]] = {}
-        for _ in range(rounds):
-            for name, answer in self.ask(do, **arguments).items():
+        for turn in range(rounds):
+            for name, answer in self.ask(do, first=turn, **arguments).items():
                 answers.setdefault(name, []).append(answer)
-        return {name: {key: median([answer[key] for answer in all_]) for key in all_[0]} for name, all_ in answers.items() if name in self.workers}
+        return {name: {key: median([answer[key] for answer in answers[name]]) for key in answers[name][0]} for name in self.workers}
+
+
+def take_turns(
+    items: list,
+    turn: int,
+) -> list:  # in an order in which each begins once
+    "So that nobody always comes after the same one."
+    start = turn % len(items) if items else 0
+    return items[start:] + items[:start]
 
 
 def median(values: list) -> Any:
@@ -216,7 +225,7 @@ def format_table(
              for name, m in results.items()]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *lines])
-    return text + (f"\nours / best peer, {decides}: {ratio(best[False])}" if None not in best.values() else "")
+    return text + (f"\nours / best peer, {decides}: {ratio(best[False])} (above 1: ours is better)" if None not in best.values() else "")
 
 
 def check_peer(

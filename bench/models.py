@@ -1,16 +1,24 @@
 """Training, decoding and quality of models, each in a process of its own."""
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, measure_peak, save_rows
-from nanochat.common import UserError, get_device
+from nanochat.common import COLORS, UserError, base_dir, get_device
+from nanochat.dataloader import RowStore
+from nanochat.dataset import iter_texts, open_corpus
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run import PRESETS
+from nanochat.tokenizer import Tokenizer, limit_chars
 from nanochat.train import peak_flops
+
+HELD_OUT = 60_000  # tokens of held-out rows
 
 SHAPES = {  # depth, width, heads, vocabulary, context, row, rows of a batch
     "micro": (1, 64, 1, 320, 128, 32, 2),
@@ -61,7 +69,18 @@ def list_variants(
     modes = (False, True) if compiled and args.compile else (False,)
     variants = [Variant(name + (" compiled" if mode else ""), HERE / script, job | {"compile": mode}, path, {"NANOCHAT_DTYPE": args.precision}, name == "ours")
                 for name, script, path in sources for mode in modes]
-    return [v for v in variants if not args.only or any(part in v.name for part in args.only.split(","))]
+    return choose_variants(variants, args.only)
+
+
+def choose_variants(
+    variants: list[Variant],
+    parts: str,  # of names, with commas; "": all
+) -> list[Variant]:
+    "Those that are asked for. Raises `UserError` if there are none."
+    chosen = [v for v in variants if any(part.strip() in v.name for part in parts.split(","))]
+    if not chosen:
+        raise UserError(f"--only {parts} leaves nothing of: {'; '.join(v.name for v in variants)}")
+    return chosen
 
 
 def train(args: Namespace) -> None:
@@ -124,3 +143,88 @@ def decode(args: Namespace) -> None:
                         print(format_table(results, {v.name for v in variants if v.ours}, "first token ms", lower=True).splitlines()[-1])
                     path = save_rows("decode", machine, configuration, results)
     print(f"added to {path}")
+
+
+def prepare_rows(
+    args: Namespace,  # corpus and shards
+    vocab_size: int,
+    row: int,
+    folder: Path,  # where the files go
+) -> Path:  # of a file for workers
+    "Rows to train on, in the order in which all train on them, and held-out rows with what counts in them."
+    corpus = open_corpus(args.corpus, args.shards, progress=False)
+    texts = chain.from_iterable(map(iter_texts, corpus.shards("train")))
+    tokenizer = Tokenizer.train(limit_chars(texts, 3_000_000), vocab_size)
+    stores = {split: RowStore.from_corpus(corpus, split, tokenizer, row, folder / "rows", mode=mode) for split, mode in (("train", "crop"), ("val", "whole"))}
+    rows = np.concatenate([stores["train"].part(i)[0] for i in range(stores["train"].parts)]).astype(np.int32)
+    held, mask = stores["val"].part(0)
+    count = max(1, HELD_OUT // row)
+    save_file({"train": torch.from_numpy(np.random.default_rng(0).permutation(rows)), "val": torch.from_numpy(held[:count].astype(np.int32)),
+               "counted": torch.ones(held[:count].shape, dtype=torch.bool) if mask is None else torch.from_numpy(np.array(mask[:count])),
+               "bytes": torch.from_numpy(tokenizer.token_bytes)}, folder / "tensors")
+    return folder / "tensors"
+
+
+def tune_variants(
+    variants: list[Variant],
+) -> list[Variant]:
+    "Those of peers once for each learning rate that they are tried with."
+    tries = {"transformers": [(f"lr {lr:g}", {"lr": lr, "clip": 1.0}) for lr in (1e-3, 3e-3)],
+             "public": [("", {}), ("scaled for the batch", {"scaled": True})]}
+    tuned = []
+    for v in variants:
+        modern = "public" in v.name and "def setup_optimizer(" in (v.path / "nanochat" / "gpt.py").read_text(encoding="utf-8")
+        options = tries["transformers"] if "transformers" in v.name else tries["public"] if modern else [("", {})]
+        tuned += [replace(v, name=f"{v.name}, {text}" if text else v.name, job=v.job | more) for text, more in options]
+    return tuned
+
+
+def plot_quality(
+    curves: dict[str, dict[float, float]],  # variant -> minutes -> bits per byte
+    path: Path,
+) -> Path:
+    "Bits per byte over minutes, a curve for each variant."
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (name, curve) in enumerate(curves.items()):
+        ax.plot(list(curve), list(curve.values()), marker="o", color=list(COLORS.values())[i % len(COLORS)], linewidth=2 if name.startswith("ours") else 1, label=name)
+    ax.set(xlabel="minutes of training", ylabel="bits per byte of held-out text")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+    return path
+
+
+def quality(args: Namespace) -> None:
+    "Bits per byte after minutes of training; each budget is a training of its own, with its own cooldown."
+    device = get_device(args.device)
+    machine = describe_machine(device)
+    print(machine)
+    shape, row, rows = read_shape(args.config)
+    shape["vocab_size"], rows = args.vocab_size or shape["vocab_size"], args.batch or rows
+    recipe = PRESETS.get(args.config, {}).get("base", {})
+    settings = {key: recipe[key] for key in ("embedding_lr", "head_lr", "matrix_lr", "lr_scale", "warmup", "cooldown", "clip") if key in recipe}
+    configuration = f"{args.config} {rows}x{row} {args.precision} {device.type} {args.corpus}"
+    curves: dict[str, dict[float, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(args, shape["vocab_size"], row, Path(name))), "settings": settings,
+               "parameters": GPT(GPTConfig(**shape)).num_params(), "seed": 1337}
+        variants = tune_variants(list_variants(args, job, device=device.type))
+        for minutes in map(float, args.minutes.split(",")):
+            results = {}
+            for v in variants:
+                with Team([v]) as team:
+                    about = {key: worker.about["parameters"] for key, worker in team.workers.items()}
+                    for key, m in team.ask("train", seconds=60 * minutes).items():
+                        results[key] = {"parameters": about[key], "steps": m["steps"], "tokens": m["steps"] * rows * row,
+                                        "bits per byte": m["bits per byte"], "MB": m["memory"] / 1e6}
+                        save_rows("quality", machine, f"{configuration} {minutes:g} min", {key: results[key]})
+                        curves.setdefault(key, {})[minutes] = m["bits per byte"]
+            print(f"\nquality, {configuration}, after {minutes:g} minutes of training")
+            print(format_table(results, {v.name for v in variants if v.ours}, "bits per byte", lower=True), flush=True)
+    print(f"plot: {plot_quality(curves, base_dir() / 'bench' / 'quality.png')}")

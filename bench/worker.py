@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def serve(
 
 class ModelWorker:
     "One model, one optimizer, and rows to train on; subclasses say which."
+    dynamic: bool | None = None  # how torch.compile is asked
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class ModelWorker:
         self.model = self.build(job["shape"]).to(self.device)
         if job.get("weights"):
             self.same_weights = self.load(load_file(job["weights"]))
-        self.compute = torch.compile(self.model, dynamic=False) if job.get("compile") else self.model
+        self.compute = torch.compile(self.model, dynamic=self.dynamic) if job.get("compile") else self.model
         self.rows = load_file(job["rows"]) if job.get("rows") else {}
         if self.rows:
             self.prepare_training()
@@ -101,6 +103,9 @@ class ModelWorker:
         "The most memory used so far, of the GPU where there is one."
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        if status.exists():  # getrusage would count what the process that started this one had
+            return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def batch(self) -> tuple[Tensor, Tensor]:  # x, y (B, T)

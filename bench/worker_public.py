@@ -6,15 +6,17 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
-from nanochat.gpt import GPT, GPTConfig  # theirs
 from torch import Tensor
 from worker import ModelWorker, cooldown, serve
+
+from nanochat.gpt import GPT, GPTConfig  # theirs
 
 REFERENCE_BATCH = 2**19  # tokens of the batch that the learning rates of 2026 were found for
 
 
 class Public(ModelWorker):
     "Theirs: the checkout of October 2025 has two optimizers, that of 2026 has one, more parameters, and its own schedules."
+    dynamic = False  # as its script compiles
 
     def __init__(self, job: dict):
         self.modern = hasattr(GPT, "setup_optimizer")
