@@ -95,9 +95,16 @@ class ModelWorker:
 
     def clock(self) -> float:  # seconds
         "The time, after all that was asked of the device is done."
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
+
+    def forget_memory(self) -> None:
+        "Let `memory` begin anew, where the system can."
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif os.access("/proc/self/clear_refs", os.W_OK):
+            Path("/proc/self/clear_refs").write_text("5")
 
     def memory(self) -> int:  # bytes
         "The most memory used so far, of the GPU where there is one."
@@ -137,7 +144,8 @@ class ModelWorker:
         return {"loss": loss, "first step s": first}
 
     def do_steps(self, count: int) -> dict:
-        "Seconds of each of `count` whole steps, and of the parts of as many more."
+        "Seconds of `count` whole steps, and of the parts of as many more; medians."
+        self.forget_memory()
         times: dict[str, list[float]] = {name: [] for name in ("step", "data", "forward", "backward", "optimizer")}
         for _ in range(count):
             start = self.clock()
@@ -161,6 +169,7 @@ class ModelWorker:
     @torch.inference_mode()
     def do_decode(self, length: int, batch: int, new: int) -> dict:
         "Seconds to the first token and of each later one, and what the first row says."
+        self.forget_memory()
         prompt = [(7 * i + 1) % self.job["shape"]["vocab_size"] for i in range(length)]
         marks, said = [self.clock()], []
 

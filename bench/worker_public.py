@@ -29,6 +29,8 @@ class Public(ModelWorker):
         model.init_weights()
         if self.modern:  # it casts by itself
             self.autocast = nullcontext()
+        elif self.dtype == torch.float32:  # on a GPU its embedding is bfloat16, which only autocast can multiply
+            model.transformer.wte.float()
         return model
 
     def make(self, shape: dict[str, int]) -> GPT:
