@@ -19,6 +19,7 @@ from nanochat.tokenizer import Tokenizer, limit_chars
 from nanochat.train import peak_flops
 
 HELD_OUT = 60_000  # tokens of held-out rows
+TURN = 5.0  # seconds that one variant trains before the next does
 
 SHAPES = {  # depth, width, heads, vocabulary, context, row, rows of a batch
     "micro": (1, 64, 1, 320, 128, 32, 2),
@@ -216,15 +217,17 @@ def quality(args: Namespace) -> None:
                "parameters": GPT(GPTConfig(**shape)).num_params(), "seed": 1337}
         variants = tune_variants(list_variants(args, job, device=device.type))
         for minutes in map(float, args.minutes.split(",")):
+            with Team(variants) as team:
+                about, turn = {key: worker.about["parameters"] for key, worker in team.workers.items()}, 0
+                while not all(answer["done"] for answer in team.ask("train", first=turn, budget=60 * minutes, turn=TURN).values()):
+                    turn += 1
+                measured = team.ask("evaluate")
             results = {}
-            for v in variants:
-                with Team([v]) as team:
-                    about = {key: worker.about["parameters"] for key, worker in team.workers.items()}
-                    for key, m in team.ask("train", seconds=60 * minutes).items():
-                        results[key] = {"parameters": about[key], "steps": m["steps"], "tokens": m["steps"] * rows * row,
-                                        "bits per byte": m["bits per byte"], "MB": m["memory"] / 1e6}
-                        save_rows("quality", machine, f"{configuration} {minutes:g} min", {key: results[key]})
-                        curves.setdefault(key, {})[minutes] = m["bits per byte"]
+            for key, m in measured.items():
+                results[key] = {"parameters": about[key], "steps": m["steps"], "tokens": m["steps"] * rows * row, "bits per byte": m["bits per byte"],
+                                "MB": m["memory"] / 1e6}
+                curves.setdefault(key, {})[minutes] = m["bits per byte"]
+            path = save_rows("quality", machine, f"{configuration} {minutes:g} min", results)
             print(f"\nquality, {configuration}, after {minutes:g} minutes of training")
             print(format_table(results, {v.name for v in variants if v.ours}, "bits per byte", lower=True), flush=True)
-    print(f"plot: {plot_quality(curves, base_dir() / 'bench' / 'quality.png')}")
+    print(f"added to {path}, plot: {plot_quality(curves, base_dir() / 'bench' / 'quality.png')}")

@@ -48,6 +48,7 @@ class ModelWorker:
         job: dict,  # shape, device, precision, compile, seed; for training also rows, batch, and settings of the optimizer
     ):
         self.job, self.device, self.position, self.same_weights = job, torch.device(job["device"]), 0, False
+        self.spent, self.steps = 0.0, 0
         self.dtype = getattr(torch, job["precision"])
         self.autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         torch.manual_seed(job.get("seed", 0))
@@ -183,16 +184,20 @@ class ModelWorker:
         assert len(said) == new, f"{len(said)} tokens instead of {new}"
         return {"first": marks[1] - marks[0], "later": (marks[-1] - marks[1]) / (new - 1), "said": said, "memory": self.memory()}
 
-    def do_train(self, seconds: float) -> dict:
-        "Train by the clock, which starts after two steps; gives bits per byte of the held-out rows."
-        spent, step = 0.0, 0
+    def do_train(self, budget: float, turn: float) -> dict:
+        "Train for a turn, by a clock that starts after two steps and stops between turns; `budget` and `turn` in seconds."
         self.model.train()
-        while spent < seconds:
+        end = min(budget, self.spent + turn)
+        while self.spent < end:
             start = self.clock()
-            loss = self.step(step, spent / seconds)
-            spent += self.clock() - start if step >= 2 else 0.0
-            step += 1
-        return {"bits per byte": self.bits_per_byte(), "steps": step, "loss": loss, "memory": self.memory()}
+            self.step(self.steps, self.spent / budget)
+            self.spent += self.clock() - start if self.steps >= 2 else 0.0
+            self.steps += 1
+        return {"done": self.spent >= budget}
+
+    def do_evaluate(self) -> dict:
+        "What has been learned, of held-out text."
+        return {"steps": self.steps, "bits per byte": self.bits_per_byte(), "memory": self.memory()}
 
     @torch.no_grad()
     def bits_per_byte(self) -> float:
