@@ -5,7 +5,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 BIN := .venv/bin
 
-.PHONY: run test lab export setup
+.PHONY: run test bench lab export setup
 
 run: .venv/ready
 	$(BIN)/nanochat run --preset $(PRESET)
@@ -15,6 +15,11 @@ test: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^5[1-7]_' --do_print
 	$(BIN)/python -m pytest -q
+
+# Beside others, half an hour on two CPU cores; a checkout of the public nanochat takes part with PEER=path
+bench: .venv/ready
+	set -e; for what in import tokenizer data "train --compile" decode "quality --minutes 1,2"; do \
+	  $(BIN)/nanochat bench $$what $(if $(PEER),$$(case "$$what" in train*|decode*|quality*) echo --peer $(PEER);; esac)); done
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -1,0 +1,1 @@
+"""Benchmarks beside peers: `python -m bench train`, and so on, or `nanochat bench train`."""
