@@ -184,7 +184,7 @@ def count_due(
     "How often something is due between two steps, both included."
     return last // every - (first - 1) // every + (last % every > 0) if every and first <= last else 0
 
-# %% ../nbs/49_costs.ipynb #923e2927
+# %% ../nbs/49_costs.ipynb #5fcf68d1
 @contextmanager
 def restore_after(
     model: torch.nn.Module,
@@ -195,7 +195,7 @@ def restore_after(
     weights = {name: p.detach().to("cpu", copy=True) for name, p in model.state_dict().items()}
     state = {name: t.to("cpu", copy=True) for name, t in optimizer.state_dict().items()}
     position, numbers, training = loader.position, random_state(), model.training
-    fresh = [p for p in model.parameters() if p.grad is None]
+    used = {name for name, p in model.named_parameters() if p.grad is not None}
     try:
         yield
     finally:
@@ -203,9 +203,8 @@ def restore_after(
             for name, p in model.state_dict().items():
                 p.copy_(weights[name])
         optimizer.load_state_dict(state)
-        optimizer.zero_grad()
-        for p in fresh:
-            p.grad = None
+        for name, p in model.named_parameters():
+            p.grad = p.grad.zero_() if name in used else None
         loader.position = position
         set_random_state(numbers)
         model.train(training)

@@ -283,7 +283,7 @@ def compute_precision(
         raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
-# %% ../nbs/50_train.ipynb #708c3e9d
+# %% ../nbs/50_train.ipynb #c65fb0f0
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -322,12 +322,12 @@ class Trainer:
     def estimate(self) -> tuple[dict[str, float], int]:  # seconds of each kind of work that is left; bytes of tensors on this device
         "What the rest of the stage will cost, tried out and undone; ranks do it together."
         step, trial = self.step, self.run.path / f".{self.stage}_trial"
-        every, last, device = self.cfg, self.steps, self.device
+        cfg, last, device = self.cfg, self.steps, self.device
         with restore_after(self.model, self.optimizer, self.loader):
             seconds = {"steps": self.time_steps(last - step)}
-            seconds["measuring"] = self.time_measuring(count_due(every.eval_every, step, last))
-            seconds["samples"] = estimate_seconds(self.draw_samples, count_due(every.sample_every, max(1, step), last), warm=0, most=1, device=device)
-            seconds["saving"] = estimate_seconds(lambda: self.write_checkpoint(trial), count_due(every.save_every, step + 1, last), warm=0, most=1, device=device)
+            seconds["measuring"] = self.time_measuring(count_due(cfg.eval_every, step, last))
+            seconds["samples"] = estimate_seconds(self.draw_samples, count_due(cfg.sample_every, max(1, step), last), warm=0, most=1, device=device)
+            seconds["saving"] = estimate_seconds(lambda: self.write_checkpoint(trial), count_due(cfg.save_every, step + 1, last), warm=0, most=1, device=device)
         self.step = step
         if self.ranks.is_main:
             shutil.rmtree(trial, ignore_errors=True)
