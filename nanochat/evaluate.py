@@ -7,9 +7,10 @@ __all__ = ['FEW', 'SIDE_BY_SIDE', 'EvalConfig', 'read_names', 'ask_model', 'desc
            'asked_records', 'plan_exam', 'ask_precisely', 'scale_exam', 'count_questions', 'estimate_exam',
            'run_evaluate']
 
-# %% ../nbs/56_evaluate.ipynb #0151c4ec
+# %% ../nbs/56_evaluate.ipynb #0fd99735
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def ask_precisely(
     with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
         return ask_model(engine, name, cfg, source, ranks)
 
-# %% ../nbs/56_evaluate.ipynb #d7138c07
+# %% ../nbs/56_evaluate.ipynb #775041b4
 FEW, SIDE_BY_SIDE = 8, 64  # questions that are tried; replies that the engine writes together
 
 
@@ -193,7 +194,8 @@ def estimate_exam(
         engine, alike = Engine(model, tokenizer), [source for source in plan if (source == "base") == (probe == "base")]
         for name in dict.fromkeys(name for source in alike for name in plan[source]):
             few = FEW * ranks.world if not name.startswith("core/") else 16
-            seconds = estimate_seconds(lambda: ask_precisely(engine, name, replace(cfg, items=few), probe, ranks), 1, warm, device=device)
+            ask = partial(ask_precisely, engine, name, replace(cfg, items=few), probe, ranks)
+            seconds = estimate_seconds(ask, 1, warm, device=device)
             total += seconds * scale_exam(few, count_questions(name, cfg), ranks.world) * sum(name in plan[source] for source in alike)
             warm = 0
     return total
