@@ -6,12 +6,14 @@
 __all__ = ['GPU_PEAKS', 'meta_model', 'flops_per_token', 'peak_flops', 'optimizer_flops', 'count_saved', 'activation_bytes',
            'memory_used', 'estimate_bytes', 'predict_run', 'agree', 'estimate_seconds', 'count_due', 'restore_after']
 
-# %% ../nbs/49_costs.ipynb #83565b84
+# %% ../nbs/49_costs.ipynb #e10acefa
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -104,11 +106,15 @@ def activation_bytes(
     copies = size * (V * C + (matrices if size == 2 else L * C * C * (1 + 2 * shared)))  # the head's gradient, and weights as products want them
     return int(tokens * C * (L * block + ends) + copies)
 
-# %% ../nbs/49_costs.ipynb #634efa4b
+# %% ../nbs/49_costs.ipynb #6f0995f8
 def memory_used() -> int:  # bytes, the most so far
     "Peak memory of this process, or of the GPU where there is one."
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None  # of Linux
+    if peak:
+        return 1024 * int(peak[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/49_costs.ipynb #cccd4523
