@@ -154,7 +154,7 @@ def ask_precisely(
     with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
         return ask_model(engine, name, cfg, source, ranks)
 
-# %% ../nbs/56_evaluate.ipynb #775041b4
+# %% ../nbs/56_evaluate.ipynb #b85c2e72
 FEW, SIDE_BY_SIDE = 8, 64  # questions that are tried; replies that the engine writes together
 
 
@@ -193,10 +193,11 @@ def estimate_exam(
         model, tokenizer, _ = load_model(run, probe, device)
         engine, alike = Engine(model, tokenizer), [source for source in plan if (source == "base") == (probe == "base")]
         for name in dict.fromkeys(name for source in alike for name in plan[source]):
-            few = FEW * ranks.world if not name.startswith("core/") else 16
+            count = count_questions(name, cfg)
+            few = 16 if name.startswith("core/") else min(FEW * ranks.world, -(-count // 4))  # CORE shows up to ten others before each
             ask = partial(ask_precisely, engine, name, replace(cfg, items=few), probe, ranks)
             seconds = estimate_seconds(ask, 1, warm, device=device)
-            total += seconds * scale_exam(few, count_questions(name, cfg), ranks.world) * sum(name in plan[source] for source in alike)
+            total += seconds * scale_exam(few, count, ranks.world) * sum(name in plan[source] for source in alike)
             warm = 0
     return total
 
