@@ -201,7 +201,7 @@ def estimate_exam(
             warm = 0
     return total
 
-# %% ../nbs/56_evaluate.ipynb #af9a3b49
+# %% ../nbs/56_evaluate.ipynb #d16269c5
 def run_evaluate(
     cfg: EvalConfig,
 ) -> None:
@@ -211,7 +211,7 @@ def run_evaluate(
     with process_group(device) as ranks:
         if ranks.world > 1:
             dist.barrier()  # nobody writes before all have read what is missing
-        estimated, began = estimate_exam(run, plan, cfg, device, ranks), time.perf_counter()
+        estimated, ready = estimate_exam(run, plan, cfg, device, ranks), time.perf_counter()
         if ranks.is_main and plan:
             run.log("eval", "environment", **describe_machine(device))
             run.log("eval", "config", settings=asdict(cfg), estimated_seconds=estimated)
@@ -230,4 +230,4 @@ def run_evaluate(
             seconds = time.perf_counter() - start
             print(f"evaluated {', '.join(plan)} in {format_seconds(seconds)}" if plan else f"evaluation of run {cfg.run!r} is complete")
             if plan or not run.stage_done("eval"):
-                run.log("eval", "summary", sources=list(plan), seconds=seconds, estimated_seconds=estimated, took=time.perf_counter() - began)
+                run.log("eval", "summary", sources=list(plan), seconds=seconds, estimated_seconds=estimated, took=time.perf_counter() - ready)
