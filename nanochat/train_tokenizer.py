@@ -29,7 +29,7 @@ class TokenizerConfig:
     max_chars: int = 3_000_000  # text to learn from
     doc_chars: int = 10_000  # of one document, so that a single book can't take over
 
-# %% ../nbs/51_train_tokenizer.ipynb #d1de5ff0
+# %% ../nbs/51_train_tokenizer.ipynb #e91e38d5
 UNSEEN = 500_000  # characters of validation text that are tokenized at the end
 
 
@@ -40,10 +40,10 @@ def estimate_training(
     "Predict how long the stage takes, from a first slice of the text."
     next(iter(texts()))  # opens files, which happens once
     start = time.perf_counter()
-    slice = list(limit_chars(texts(), min(max(300_000, cfg.max_chars // 50), 10_000_000), cfg.doc_chars))
-    trial = Tokenizer.train(slice, 265)  # the bytes and the special tokens
-    middle, size = time.perf_counter(), sum(map(len, slice))
-    trial.encode_batch(slice)
+    part = list(limit_chars(texts(), min(max(300_000, cfg.max_chars // 50), 10_000_000), cfg.doc_chars))
+    trial = Tokenizer.train(part, 265)  # the bytes and the special tokens
+    middle, size = time.perf_counter(), sum(map(len, part))
+    trial.encode_batch(part)
     return ((middle - start) * cfg.max_chars + (time.perf_counter() - middle) * UNSEEN) / size
 
 

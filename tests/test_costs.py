@@ -1,6 +1,7 @@
 """What a run costs: formulas against counts, and an estimate that leaves no trace."""
 import json
 import random
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -26,10 +27,12 @@ from nanochat.costs import (
     restore_after,
 )
 from nanochat.dataloader import RowLoader, RowStore
+from nanochat.evaluate import scale_exam
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import newton_schulz
+from nanochat.rl import RLConfig, RLTrainer, run_rl
 from nanochat.run import Run
-from nanochat.train import TrainConfig, Trainer, build_optimizer, train
+from nanochat.train import TrainConfig, Trainer, build_optimizer, load_model, train
 
 SHAPES = [GPTConfig(300, 2, 64, 2, 2, 64), GPTConfig(512, 3, 96, 3, 1, 128), GPTConfig(1000, 1, 128, 1, 1, 32), GPTConfig(257, 4, 64, 4, 2, 100)]
 SHAPE_NAMES = [f"d{c.depth}w{c.width}h{c.heads}k{c.kv_heads}" for c in SHAPES]
@@ -229,3 +232,35 @@ def test_ranks_agree(tmp_path):
     assert [rank for rank, _, _ in found] == [0, 1]
     assert found[0][1:] == found[1][1:], "the same number of tries, and the same answer"
     assert found[0][2] >= 25, "the slower rank's"
+
+
+def test_practice_after_an_estimate_is_practice_without(demo_run, monkeypatch):
+    cfg, rewards = RLConfig(run="demo", preset="demo", mixture="counting=40", steps=2, questions=4, samples=8, exam_items=4, max_tokens=24, eval_every=2,
+                            save_every=2, device_rows=8, lr_scale=1.0, precision="float32"), []
+    for estimate in (RLTrainer.estimate, lambda t: ({"steps": 0.0}, 0)):
+        monkeypatch.setattr(RLTrainer, "estimate", estimate)
+        run_rl(cfg)
+        rewards.append([(r["loss"], r["reward"], r["length"]) for r in demo_run.records("rl", "step")])
+        (summary,) = demo_run.records("rl", "summary")
+        print(f"estimated {summary['estimated_seconds']:.2f} s, took {summary['took']:.2f} s")
+        rewards[-1].append({name: t.clone() for name, t in load_model(demo_run, "rl")[0].state_dict().items()})
+        shutil.rmtree(demo_run.path / "rl")
+        demo_run.metrics.write_text("".join(line for line in demo_run.metrics.read_text().splitlines(True) if '"stage": "rl"' not in line))
+    assert rewards[0][:-1] == rewards[1][:-1] and len(rewards[0]) == 3
+    assert all(torch.equal(rewards[0][-1][name], t) for name, t in rewards[1][-1].items())
+
+
+def test_every_stage_says_what_it_will_take(demo_run):
+    for stage in ("tokenizer", "base", "mid", "sft", "eval"):
+        (summary,) = demo_run.records(stage, "summary")
+        print(f"{stage}: estimated {summary['estimated_seconds']:.2f} s, took {summary['took']:.2f} s")
+        assert summary["estimated_seconds"] > 0 and summary["took"] > 0
+        assert demo_run.records(stage, "config")[0]["estimated_seconds"] == summary["estimated_seconds"]
+    assert "estimated / took" in (demo_run.path / "report.md").read_text()
+
+
+def test_an_exam_is_scaled_by_its_batches():
+    assert scale_exam(8, 8) == scale_exam(16, 12) == 1
+    assert scale_exam(8, 640) == pytest.approx(10 * scale_exam(8, 64))
+    assert scale_exam(16, 640, world=2) == pytest.approx(scale_exam(8, 320))
+    assert 4 < scale_exam(8, 64) < 5
