@@ -85,7 +85,7 @@ def active_seconds(
         before = record["time"]
     return total
 
-# %% ../nbs/57_report.ipynb #e5374778
+# %% ../nbs/57_report.ipynb #34822485
 def describe_stages(
     records: Sequence[dict],
 ) -> str:  # Markdown
@@ -126,12 +126,17 @@ def describe_costs(
         compute = _tokens(stage, steps) * config["flops_per_token"] if steps else 0.0
         hours = seconds / 3600 * config.get("ranks", 1)
         totals = [a + b for a, b in zip(totals, (seconds, compute, hours))]
-        rows.append([stage, format_seconds(seconds), steps and format_seconds(steps[-1]["seconds"]) or None, steps and format_count(median(r["tokens_per_second"] for r in steps)) or None,
+        rows.append([stage, format_seconds(seconds), _compare(summary), steps and format_seconds(steps[-1]["seconds"]) or None, steps and format_count(median(r["tokens_per_second"] for r in steps)) or None,
                      _percent(median(r["mfu"] for r in steps)) if steps else None, compute and format_count(compute) or None, f"{hours:.2f}",
                      format_bytes(summary["memory"]) if summary.get("memory") else None])
     if len(rows) > 1:
-        rows.append(["all", format_seconds(totals[0]), None, None, None, format_count(totals[1]), f"{totals[2]:.2f}", None])
-    return table(["stage", "time", "of it in steps", "tokens/s", "utilisation", "compute (FLOP)", "device hours", "memory"], rows)
+        rows.append(["all", format_seconds(totals[0]), None, None, None, None, format_count(totals[1]), f"{totals[2]:.2f}", None])
+    return table(["stage", "time", "estimated / took", "of it in steps", "tokens/s", "utilisation", "compute (FLOP)", "device hours", "memory"], rows)
+
+
+def _compare(summary: dict) -> str | None:
+    "What a stage said before its last start, and what it then took."
+    return f"{format_seconds(summary['estimated_seconds'])} / {format_seconds(summary['took'])}" if "took" in summary else None
 
 
 def _percent(part: float) -> str | None:

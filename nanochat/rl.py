@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Rollout', 'sample_group', 'advantages', 'policy_loss', 'RLConfig', 'QuestionLoader', 'RLTrainer', 'run_rl']
 
-# %% ../nbs/55_rl.ipynb #fb232c67
+# %% ../nbs/55_rl.ipynb #e48e2337
 import random
-import time
 from dataclasses import dataclass
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,12 +17,13 @@ import torch.distributed as dist
 from .chat_eval import check_replies, fit_prompt, reply_room, score_task
 from .common import Ranks, UserError, get_device
 from .conversation import parse_reply, plain_text, render_prompt
+from .costs import estimate_seconds
 from .engine import Engine
 from .midtrain import sample_chat
 from .mixtures import load_mixture, load_task, read_numbers
 from .run import Run
 from .tasks import Example, Task
-from .train import TrainConfig, Trainer, describe_machine, estimate_bytes, load_model, process_group, train
+from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, train
 
 # %% ../nbs/55_rl.ipynb #e6263721
 class Rollout(NamedTuple):
@@ -127,7 +127,7 @@ class QuestionLoader:
             self.orders = {epoch: numbers}
         return self.orders[epoch]
 
-# %% ../nbs/55_rl.ipynb #ef7bf7ca
+# %% ../nbs/55_rl.ipynb #a8d7b042
 @dataclass
 class RLTrainer(Trainer):
     "The state of this stage; its loader is a `QuestionLoader`."
@@ -143,6 +143,7 @@ class RLTrainer(Trainer):
         if self.cfg.questions % self.ranks.world:
             raise UserError(f"{self.cfg.questions} questions can't be shared out over {self.ranks.world} ranks: --set rl.questions={2 * self.ranks.world}")
         self.steps = self.cfg.steps or max(1, len(self.task) // self.cfg.questions)
+        self.row = self.model.config.context  # until the first replies show how long rows are
         self.step_size, self.engine = self.cfg.questions * self.cfg.samples, Engine(self.model, self.tokenizer)
 
     def roll_out(self, numbers: list[int], first: int) -> list[list[Rollout]]:
@@ -164,31 +165,49 @@ class RLTrainer(Trainer):
         if dist.is_initialized():
             dist.all_reduce(sums)
         right, counted, count, tokens, mixed = sums.tolist()
+        return self.learn(useful, counted) | {"reward": right / count, "length": counted / count, "mixed": mixed / self.cfg.questions,
+                                              "tokens": tokens, "step_tokens": tokens}
+
+    def learn(
+        self,
+        pairs: list[tuple[Rollout, float]],  # replies of this rank, each with its advantage
+        total: float,  # tokens that the whole step counts
+    ) -> dict[str, float]:
+        "An optimizer step."
         loss = torch.zeros((), device=self.device)
-        for start in range(0, len(useful), self.cfg.device_rows):
-            chunk, weights = zip(*useful[start : start + self.cfg.device_rows])
+        for start in range(0, len(pairs), self.cfg.device_rows):
+            chunk, weights = zip(*pairs[start : start + self.cfg.device_rows])
             with self.autocast:
-                part = policy_loss(self.compute, list(chunk), list(weights), counted)
+                part = policy_loss(self.compute, list(chunk), list(weights), total)
             part.backward()
             loss += part.detach()
-        return self.apply_gradients(loss) | {"reward": right / count, "length": counted / count, "mixed": mixed / self.cfg.questions,
-                                             "tokens": tokens, "step_tokens": tokens}
+        return self.apply_gradients(loss)
+
+    def take_exam(self, exam: Task) -> dict[str, Any]:
+        "Eight tries at each question."
+        self.model.eval()
+        score = score_task(self.engine, exam, samples=8, temperature=1.0, max_tokens=self.cfg.max_tokens, ranks=self.ranks)
+        self.model.train()
+        return score
 
     def measure(self) -> tuple[float, str]:
         "Accuracy on held-out questions, with eight tries each, recorded."
-        self.model.eval()
-        score = score_task(self.engine, self.exam, samples=8, temperature=1.0, max_tokens=self.cfg.max_tokens, ranks=self.ranks)
-        self.model.train()
+        score = self.take_exam(self.exam)
         self.log("eval", step=self.step, tokens=self.step * self.step_size, seconds=self.seconds, **score)
         return score["accuracy"], f"held out: {score['accuracy']:.1%} right (95%: {score['low']:.0%} to {score['high']:.0%}), pass@8 {score['pass_at']['8']:.1%}"
 
-    def estimate(self) -> tuple[float, int]:
-        "What the rest of the stage will cost, from one step's replies; the backward pass takes about as long again."
-        start = time.perf_counter()
-        numbers = [i % len(self.task) for i in range(self.cfg.questions // self.ranks.world)]
-        longest = max(len(r.ids) for group in self.roll_out(numbers, 0) for r in group)
-        seconds = 2 * (time.perf_counter() - start) * (self.steps - self.step)
-        return seconds, estimate_bytes(self.model.config, self.model.num_params(), self.cfg.device_rows * longest)
+    def time_steps(self, count: int) -> float:
+        "Seconds of so many steps, if half of the groups teach something; at first fewer do."
+        trials: list[Rollout] = []
+        seconds = estimate_seconds(lambda: trials.extend(r for group in self.roll_out(*next(self.loader)) for r in group), count, most=1, device=self.device)
+        self.row = max((len(r.ids) for r in trials), default=self.row)
+        half = sorted(trials[-self.step_size // self.ranks.world :: 2], key=lambda r: len(r.ids))
+        return seconds + estimate_seconds(lambda: self.learn([(r, 0.5) for r in half], 1.0), count, most=1, device=self.device)
+
+    def time_measuring(self, count: int) -> float:
+        "Seconds of so many measurements, from a part of the exam."
+        few = self.exam[: min(len(self.exam), 8 * self.ranks.world)]
+        return estimate_seconds(lambda: self.take_exam(few), count, warm=0, most=1, device=self.device) * len(self.exam) / len(few)
 
 # %% ../nbs/55_rl.ipynb #45bf5a7f
 def run_rl(
