@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'use_own_gradient', 'inverse_rms', 'rms_gradient', 'RMSNorm', 'rms_norm', 'rotary_tables', 'apply_rotary',
            'rotate_into', 'rotate_and_normalize', 'RotaryNorm', 'place_and_normalize', 'BlockedAttention',
-           'block_weights', 'attend', 'KVCache', 'Attention']
+           'block_weights', 'attend', 'KVCache', 'project', 'Attention']
 
 # %% ../nbs/20_attention.ipynb #62a45556
 import math
@@ -268,7 +268,17 @@ class KVCache:
         where = keys[self.longest :] if self.even else self.positions(count)
         return (keys <= where[..., None]).view(-1, 1, count, len(keys))
 
-# %% ../nbs/20_attention.ipynb #8b089a4b
+# %% ../nbs/20_attention.ipynb #87cebc72
+def project(
+    x: Tensor,  # (..., columns)
+    weight: Tensor,  # (rows, columns)
+) -> Tensor:  # (..., rows)
+    "`F.linear`, and for a single vector on a CPU the routine for vectors."
+    if x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+# %% ../nbs/20_attention.ipynb #452b73a1
 class Attention(nn.Module):
     "Causal grouped-query attention with rotary positions and normalised queries and keys."
 
@@ -305,11 +315,11 @@ class Attention(nn.Module):
         mask: Tensor | None = None,  # from `cache.mask`, when there is a cache
     ) -> Tensor:  # (B, T, C)
         B, T, C = x.shape
-        qkv = F.linear(x, self.join_weights(cache)).view(B, T, -1, self.head_dim)
+        qkv = project(x, self.join_weights(cache)).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = place_and_normalize(qk, *rotary).split([self.heads, self.kv_heads], dim=1)
         v = v.transpose(1, 2)  # all (B, heads, positions, D) now
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.write(self.layer, k, v))
         y = attend(q, k, v, mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return project(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)

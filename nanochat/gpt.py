@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPTConfig', 'ReLUSquared', 'MLP', 'SoftcapLoss', 'Block', 'compute_dtype', 'GPT']
 
-# %% ../nbs/21_gpt.ipynb #a5850c15
+# %% ../nbs/21_gpt.ipynb #3d23ea95
 import math
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, KVCache, rms_norm, rotary_tables, use_own_gradient
+from .attention import Attention, KVCache, project, rms_norm, rotary_tables, use_own_gradient
 from .common import UserError
 
 # %% ../nbs/21_gpt.ipynb #d43da455
@@ -50,7 +50,7 @@ class GPTConfig:
         heads = -(-64 * depth // 128)
         return cls(vocab_size, depth, 64 * depth, heads, heads, context)
 
-# %% ../nbs/21_gpt.ipynb #79ac0d78
+# %% ../nbs/21_gpt.ipynb #041dfb47
 class ReLUSquared(torch.autograd.Function):
     "relu(x) ** 2, with a gradient in two passes."
 
@@ -78,8 +78,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = self.c_fc(x)
-        return self.c_proj(ReLUSquared.apply(x) if use_own_gradient(x) else F.relu(x).square())
+        x = project(x, self.c_fc.weight)
+        return project(ReLUSquared.apply(x) if use_own_gradient(x) else F.relu(x).square(), self.c_proj.weight)
 
 # %% ../nbs/21_gpt.ipynb #c0621bdf
 class SoftcapLoss(torch.autograd.Function):
@@ -126,7 +126,7 @@ class Block(nn.Module):
         x = x + self.attn(rms_norm(x), rotary, cache, mask)
         return x + self.mlp(rms_norm(x))
 
-# %% ../nbs/21_gpt.ipynb #777314ee
+# %% ../nbs/21_gpt.ipynb #c8fd41eb
 def compute_dtype(
     device: torch.device,
     otherwise: torch.dtype,
@@ -195,7 +195,7 @@ class GPT(nn.Module):
         h: Tensor,  # (..., C) from `hidden`
     ) -> Tensor:  # (..., V) float32, between -15 and 15
         "Scores of the next token."
-        return 30 * torch.sigmoid(self.lm_head(h).float() * (2 / 15)) - 15  # 15 tanh(z / 15), computed faster
+        return 30 * torch.sigmoid(project(h, self.lm_head.weight).float() * (2 / 15)) - 15  # 15 tanh(z / 15), computed faster
 
     def token_losses(
         self,
