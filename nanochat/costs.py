@@ -63,14 +63,18 @@ def peak_flops(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-# %% ../nbs/49_costs.ipynb #80618aab
+# %% ../nbs/49_costs.ipynb #2cff39c4
 def optimizer_flops(
     config: GPTConfig,
     rounds: int = 5,  # of Newton-Schulz
+    dtype: torch.dtype = torch.bfloat16,  # of its products
 ) -> int:  # floating-point operations, on all ranks together
     "Operations of one Muon step."
-    sides = [sorted(p.shape) for name, p in meta_model(config).named_parameters() if name.startswith("transformer.h.")]
-    return rounds * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+    total = 0
+    for m, n in (sorted(p.shape) for name, p in meta_model(config).named_parameters() if name.startswith("transformer.h.")):
+        wide = n >= 2 * m and dtype != torch.bfloat16
+        total += 4 * m * m * n + (4 * rounds - 3) * 2 * m**3 if wide else rounds * (4 * m * m * n + 2 * m**3)
+    return total
 
 # %% ../nbs/49_costs.ipynb #4eb05974
 def count_saved(

@@ -117,7 +117,7 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #19a46ff4
+# %% ../nbs/48_run.ipynb #93e7eb92
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
@@ -168,9 +168,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"corpus": "fineweb_edu", "shards": 240},
         "tokenizer": {"vocab_size": 65_536, "max_chars": 2_000_000_000},
         "base": {"depth": 20, "width": 1280, "heads": 10, "context": 2048, "tokens": 11_219_763_200,
-                 "batch_tokens": 524_288, "device_rows": 32, "eval_every": 250, "eval_tokens": 10_485_760,
+                 "batch_tokens": 524_288, "device_rows": 16, "eval_every": 250, "eval_tokens": 10_485_760,
                  "sample_every": 2000, "save_every": 1000},
-        "mid": {"tokens": 0, "batch_tokens": 524_288, "device_rows": 32, "eval_every": 150, "eval_tokens": 10_485_760, "save_every": 200,
+        "mid": {"tokens": 0, "batch_tokens": 524_288, "device_rows": 16, "eval_every": 150, "eval_tokens": 10_485_760, "save_every": 200,
                 "mixture": "smoltalk,mmlu=100000,gsm8k,identity=1000,identity=1000,simple_spelling=200000,spelling_bee=80000"},
         "sft": {"tokens": 0, "batch_tokens": 65_536, "device_rows": 4, "eval_every": 100, "eval_tokens": 1_048_576, "lr_scale": 0.02, "packing": "pad",
                 "mixture": "arc_easy,arc_challenge,gsm8k,smoltalk=10000,identity=1000,simple_spelling=300,spelling_bee=300"},

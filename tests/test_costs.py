@@ -52,13 +52,14 @@ def test_parameters_and_operations(config):
     assert products <= counter.get_total_flops() / ids.numel() <= products + 1.4 * attention  # of attention, our blocks compute 7 products instead of 6, and half of them
 
 
-def test_optimizer_operations():
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_optimizer_operations(dtype):
     config = SHAPES[1]
     with FlopCounterMode(display=False) as counter:
         for name, p in GPT(config).init_weights(0).named_parameters():
             if name.startswith("transformer.h."):
-                newton_schulz(p.detach() + 1)
-    assert optimizer_flops(config) == counter.get_total_flops()
+                newton_schulz((p.detach() + 1)[None], dtype=dtype)
+    assert optimizer_flops(config, dtype=dtype) == counter.get_total_flops()
 
 
 def count(config, rows, dtype):
