@@ -60,7 +60,7 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #796122d1
+# %% ../nbs/58_pipeline.ipynb #59d982e1
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
@@ -78,7 +78,7 @@ class Kernels:
     def __enter__(self) -> "Kernels":
         self.folder = tempfile.TemporaryDirectory()
         start = (f"import os; os.dup2(os.open({str(self.log.absolute())!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
-                 "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
+                 "import pandas, torch; from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
         spec = {"argv": [sys.executable, "-c", start, "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
         atomic_write(Path(self.folder.name) / "kernels" / "python3" / "kernel.json", json.dumps(spec))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [self.folder.name, os.environ.get("JUPYTER_PATH")]))
@@ -91,7 +91,7 @@ class Kernels:
         self.folder.cleanup()
 
     def start(self) -> Any:  # a jupyter_client kernel manager, or None if no more are needed
-        "A kernel that begins with loading libraries."
+        "A kernel; before it says that it is ready it loads libraries."
         from jupyter_client import AsyncKernelManager
         from jupyter_core.utils import run_sync
 
@@ -100,10 +100,6 @@ class Kernels:
         self.left -= 1
         manager = AsyncKernelManager(kernel_name="python3")
         run_sync(manager.start_kernel)()
-        client = manager.client()
-        client.start_channels(iopub=False, stdin=False, control=False, hb=False)
-        client.execute("import matplotlib.pyplot, pandas, torch", silent=True)
-        client.stop_channels()
         return manager
 
     def stop(self, manager: Any) -> None:
