@@ -154,7 +154,7 @@ def ask_precisely(
     with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
         return ask_model(engine, name, cfg, source, ranks)
 
-# %% ../nbs/56_evaluate.ipynb #095a5a5f
+# %% ../nbs/56_evaluate.ipynb #c69e7a6d
 FEW, SIDE_BY_SIDE = 8, 64  # questions that are tried; replies that the engine writes together
 
 
@@ -188,16 +188,15 @@ def estimate_exam(
     ranks: Ranks,  # every rank calls this, and gets the same
 ) -> float:  # seconds
     "Predict how long the models need for their questions."
-    total, known = 0.0, set()
+    total = 0.0
     for probe in [source for source in plan if source in ("base", list(plan)[-1])]:
         model, tokenizer, _ = load_model(run, probe, device)
         engine, alike = Engine(model, tokenizer), [source for source in plan if (source == "base") == (probe == "base")]
         for name in dict.fromkeys(name for source in alike for name in plan[source]):
             count, is_core = count_questions(name, cfg), name.startswith("core/")
             few = 16 if is_core else min(FEW * ranks.world, -(-count // 4))  # CORE shows up to ten others before each
-            if name not in known and not is_core:  # what a task does the first time is no part of a question
-                ask_precisely(engine, name, replace(cfg, items=1), probe, ranks)
-                known.add(name)
+            if not is_core:
+                load_task(name, 1, cfg.seed)  # what a task does the first time is no part of a question
             ask = partial(ask_precisely, engine, name, replace(cfg, items=few), probe, ranks)
             seconds = estimate_seconds(ask, 1, warm=0, device=device)
             total += seconds * scale_exam(few, count, ranks.world) * sum(name in plan[source] for source in alike)
