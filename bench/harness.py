@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -157,31 +156,17 @@ def describe_machine(device: Any) -> str:
     "One line that says what the numbers were measured on."
     import torch
 
+    from nanochat.costs import measure_peak
+
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
-    peaks = ", ".join(f"{measure_peak(device, dtype) / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}" for dtype in (torch.float32, torch.bfloat16))
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; products reach {peaks}"
-
-
-def measure_peak(
-    device: Any,  # a torch.device
-    dtype: Any,  # a torch.dtype
-) -> float:  # floating-point operations a second
-    "What products of large matrices reach here."
-    import torch
-
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    peaks = ", ".join(f"{measure_peak(device, dtype, size) / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}" for dtype in (torch.float32, torch.bfloat16))
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; products reach {peaks}"
 
 
 def save_rows(

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, measure_peak, save_rows
+from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, save_rows
 from nanochat.common import COLORS, UserError, base_dir, get_device
+from nanochat.costs import peak_flops
 from nanochat.dataloader import RowStore
 from nanochat.dataset import iter_texts, open_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run import PRESETS
 from nanochat.tokenizer import Tokenizer, limit_chars
-from nanochat.train import peak_flops
 
 HELD_OUT = 60_000  # tokens of held-out rows
 TURN = 5.0  # seconds that one variant trains before the next does
@@ -92,7 +92,7 @@ def train(args: Namespace) -> None:
     shape, row, rows = read_shape(args.config)
     shape["context"] = row  # what attention costs
     rows = args.batch or rows
-    peak = peak_flops(device) if device.type == "cuda" else measure_peak(device, getattr(torch, args.precision))
+    peak = peak_flops(device, getattr(torch, args.precision))
     with tempfile.TemporaryDirectory() as folder:
         ids = torch.randint(shape["vocab_size"], (64 * rows, row + 1), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         save_file({"train": ids}, Path(folder) / "rows")

@@ -168,7 +168,7 @@ def fetch(
         size = sum(path.stat().st_size for path in opened.paths)
         print(f"{what}: {len(opened.shards('train'))} training shards and one for validation, {format_bytes(size)}, in {opened.paths[0].parent}")
 
-# %% ../nbs/65_cli.ipynb #1f5bad1d
+# %% ../nbs/65_cli.ipynb #81377385
 @app.command()
 def info(
     name: RunName = None,
@@ -191,7 +191,7 @@ def doctor() -> None:
     import torch
 
     from nanochat.common import fast_dtype, get_device
-    from nanochat.train import peak_flops
+    from nanochat.costs import peak_flops
 
     base_dir().mkdir(parents=True, exist_ok=True)
     free, device = shutil.disk_usage(base_dir()).free, get_device()
