@@ -19,7 +19,8 @@ test: .venv/ready
 # Beside others, half an hour on two CPU cores; a checkout of the public nanochat takes part with PEER=path
 bench: .venv/ready
 	set -e; for what in import tokenizer data "train --compile" decode "quality --minutes 1,2"; do \
-	  $(BIN)/nanochat bench $$what $(if $(PEER),$$(case "$$what" in train*|decode*|quality*) echo --peer $(PEER);; esac)); done
+	  peer=; case "$$what" in (train*|decode*|quality*) peer="$(PEER:%=--peer %)";; esac; \
+	  $(BIN)/nanochat bench $$what $$peer; done
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -48,7 +48,11 @@ class Worker:
                        "PYTHONPATH": str(variant.path), **variant.environment}  # threads that wait soon sleep, in all alike
         self.process = subprocess.Popen([sys.executable, str(variant.script), json.dumps(variant.job)], env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        self.about = self.read()
+        try:
+            self.about = self.read()
+        except BaseException:
+            self.close()
+            raise
 
     def read(self) -> dict:
         "The next answer. Raises `WorkerFailed`."

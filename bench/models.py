@@ -122,6 +122,8 @@ def decode(args: Namespace) -> None:
     device = get_device(args.device)
     machine = describe_machine(device)
     print(machine)
+    if args.new < 2:
+        raise UserError(f"the speed of later tokens needs at least two of them, not {args.new}: --new 128")
     lengths, batches = ([int(n) for n in text.split(",")] for text in (args.prompts, args.batches))
     shape, _, _ = read_shape(args.config, context=max(lengths) + args.new)
     with tempfile.TemporaryDirectory() as folder:

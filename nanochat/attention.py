@@ -87,7 +87,7 @@ def apply_rotary(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
-# %% ../nbs/20_attention.ipynb #1919bbd3
+# %% ../nbs/20_attention.ipynb #12b825a5
 def rotate_into(
     out: Tensor,  # (B, T, heads, D) overwritten
     x: Tensor,  # (B, T, heads, D)
@@ -137,7 +137,7 @@ def place_and_normalize(
     "Rotary positions, then normalisation of each head."
     if use_own_gradient(x):
         return RotaryNorm.apply(x, cos, sin)
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return rotate_and_normalize(x, cos, sin)[0].transpose(1, 2)
     return rms_norm(apply_rotary(x, cos, sin)).transpose(1, 2)
 
@@ -200,7 +200,7 @@ def attend(
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
 
-# %% ../nbs/20_attention.ipynb #8a2329d8
+# %% ../nbs/20_attention.ipynb #ae803452
 class KVCache:
     "Keys and values of the past, for all layers and for rows of different lengths."
 
@@ -220,7 +220,8 @@ class KVCache:
         self.joined: dict[int, Tensor] = {}  # layer -> weights of its queries, keys and values
 
     def rows(self, start: int, end: int) -> "KVCache":
-        "Some of the rows as a cache of their own, which writes into this one."
+        "Some of the rows of an empty cache as one of their own, which writes into this one; `set_lengths` of the whole says later how far."
+        assert self.longest == 0, "rows are taken from an empty cache"
         part = copy(self)
         part.data, part.lengths = self.data[:, :, start:end], self.lengths[start:end]
         return part
@@ -268,13 +269,13 @@ class KVCache:
         where = keys[self.longest :] if self.even else self.positions(count)
         return (keys <= where[..., None]).view(-1, 1, count, len(keys))
 
-# %% ../nbs/20_attention.ipynb #87cebc72
+# %% ../nbs/20_attention.ipynb #ed649021
 def project(
     x: Tensor,  # (..., columns)
     weight: Tensor,  # (rows, columns)
 ) -> Tensor:  # (..., rows)
     "`F.linear`, and for a single vector on a CPU the routine for vectors."
-    if x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.numel() == x.size(-1) and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_grad_enabled():
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 

@@ -203,21 +203,19 @@ def doctor() -> None:
         raise UserError(f"{base_dir()} is not writable: choose another with NANOCHAT_BASE_DIR=/path")
     print("ready: nanochat run --preset tiny")
 
-# %% ../nbs/65_cli.ipynb #c9d5f1ab
+# %% ../nbs/65_cli.ipynb #48cbc0da
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
 ) -> None:
     "Measure beside others: train, decode, tokenizer, data, quality or import. Example: nanochat bench train --compile"
-    import subprocess
-
     from nanochat.pipeline import notebook_dir
 
     clone = notebook_dir().parent
     if not (clone / "bench").is_dir():
         raise UserError(f"the benchmarks are not in {clone}: install nanochat from its clone, with make setup")
     path = os.pathsep.join(filter(None, [str(clone), os.environ.get("PYTHONPATH")]))
-    raise SystemExit(subprocess.run([sys.executable, "-m", "bench", *context.args], env={**os.environ, "PYTHONPATH": path}).returncode)
+    os.execve(sys.executable, [sys.executable, "-m", "bench", *context.args], {**os.environ, "PYTHONPATH": path})
 
 # %% ../nbs/65_cli.ipynb #514dcd0a
 def main() -> None:

@@ -7,7 +7,7 @@ __all__ = ['GPU_PEAKS', 'meta_model', 'flops_per_token', 'measure_peak', 'peak_f
            'activation_bytes', 'memory_used', 'estimate_bytes', 'predict_run', 'agree', 'estimate_seconds', 'count_due',
            'restore_after']
 
-# %% ../nbs/49_costs.ipynb #e10acefa
+# %% ../nbs/49_costs.ipynb #94bd3ca9
 import re
 import resource
 import sys
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from .checkpoint import random_state, set_random_state
 from .gpt import GPT, GPTConfig
-from .optim import Optimizer, share_out
+from .optim import Optimizer, share_out, takes_short_cut
 
 # %% ../nbs/49_costs.ipynb #40bfa9f1
 def meta_model(
@@ -71,7 +71,7 @@ def peak_flops(
         return next((peak for key, peak in GPU_PEAKS.items() if key in name), float("nan"))
     return measure_peak(device, dtype)
 
-# %% ../nbs/49_costs.ipynb #2cff39c4
+# %% ../nbs/49_costs.ipynb #a4f7a8d8
 def optimizer_flops(
     config: GPTConfig,
     rounds: int = 5,  # of Newton-Schulz
@@ -80,8 +80,8 @@ def optimizer_flops(
     "Operations of one Muon step."
     total = 0
     for m, n in (sorted(p.shape) for name, p in meta_model(config).named_parameters() if name.startswith("transformer.h.")):
-        wide = n >= 2 * m and dtype != torch.bfloat16
-        total += 4 * m * m * n + (4 * rounds - 3) * 2 * m**3 if wide else rounds * (4 * m * m * n + 2 * m**3)
+        short = 4 * m * m * n + (4 * rounds - 3) * 2 * m**3
+        total += short if takes_short_cut((m, n), dtype) else rounds * (4 * m * m * n + 2 * m**3)
     return total
 
 # %% ../nbs/49_costs.ipynb #4eb05974

@@ -154,7 +154,7 @@ def ask_precisely(
     with torch.autocast(device.type, torch.bfloat16, enabled=compute_precision(cfg.precision, device) == torch.bfloat16):
         return ask_model(engine, name, cfg, source, ranks)
 
-# %% ../nbs/56_evaluate.ipynb #c69e7a6d
+# %% ../nbs/56_evaluate.ipynb #bac40fc8
 FEW, SIDE_BY_SIDE = 8, 64  # questions that are tried; replies that the engine writes together
 
 
@@ -173,11 +173,10 @@ def count_questions(
     cfg: EvalConfig,
 ) -> int:
     "How many questions of a task are asked."
-    if cfg.items:
-        return cfg.items
     if not name.startswith("core/"):
-        return len(load_task(name, None, cfg.seed))
-    return next(len(read_items(task)) for task in read_bundle(find_bundle()) if task.name == name.removeprefix("core/"))
+        return len(load_task(name, cfg.items or None, cfg.seed))
+    there = next(len(read_items(task)) for task in read_bundle(find_bundle()) if task.name == name.removeprefix("core/"))
+    return min(there, cfg.items or there)
 
 
 def estimate_exam(
@@ -194,9 +193,7 @@ def estimate_exam(
         engine, alike = Engine(model, tokenizer), [source for source in plan if (source == "base") == (probe == "base")]
         for name in dict.fromkeys(name for source in alike for name in plan[source]):
             count, is_core = count_questions(name, cfg), name.startswith("core/")
-            few = 16 if is_core else min(FEW * ranks.world, -(-count // 4))  # CORE shows up to ten others before each
-            if not is_core:
-                load_task(name, 1, cfg.seed)  # what a task does the first time is no part of a question
+            few = min(16, count) if is_core else min(FEW * ranks.world, -(-count // 4))  # CORE shows up to ten others before each
             ask = partial(ask_precisely, engine, name, replace(cfg, items=few), probe, ranks)
             seconds = estimate_seconds(ask, 1, warm=0, device=device)
             total += seconds * scale_exam(few, count, ranks.world) * sum(name in plan[source] for source in alike)

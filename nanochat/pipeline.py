@@ -60,7 +60,7 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #59d982e1
+# %% ../nbs/58_pipeline.ipynb #7839a108
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
@@ -76,19 +76,21 @@ class Kernels:
         self.log, self.left, self.waiting, self.taken = log, count, None, None
 
     def __enter__(self) -> "Kernels":
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder, self.path = tempfile.TemporaryDirectory(), os.environ.get("JUPYTER_PATH", "")
         start = (f"import os; os.dup2(os.open({str(self.log.absolute())!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
                  "import pandas, torch; from ipykernel.kernelapp import launch_new_instance; launch_new_instance()")
         spec = {"argv": [sys.executable, "-c", start, "--log-level=CRITICAL", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
         atomic_write(Path(self.folder.name) / "kernels" / "python3" / "kernel.json", json.dumps(spec))
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [self.folder.name, os.environ.get("JUPYTER_PATH")]))
-        self.waiting = self.start()
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [self.folder.name, self.path]))
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.stop(self.taken)
-        self.stop(self.waiting)
-        self.folder.cleanup()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self.stop(self.waiting)
+            self.stop(self.taken, at_once=kind is None)
+        finally:
+            os.environ["JUPYTER_PATH"] = self.path
+            self.folder.cleanup()
 
     def start(self) -> Any:  # a jupyter_client kernel manager, or None if no more are needed
         "A kernel; before it says that it is ready it loads libraries."
@@ -102,17 +104,17 @@ class Kernels:
         run_sync(manager.start_kernel)()
         return manager
 
-    def stop(self, manager: Any) -> None:
-        "End a kernel at once: what a stage keeps is in its files."
+    def stop(self, manager: Any, at_once: bool = True) -> None:
+        "End a kernel: one that has done its work at once, one that was interrupted after it has saved."
         from jupyter_core.utils import run_sync
 
         if manager is not None:
-            run_sync(manager.shutdown_kernel)(now=True)
+            run_sync(manager.shutdown_kernel)(now=at_once)
 
     def take(self) -> Any:
         "The kernel that waits; the one before ends, and another starts."
         self.stop(self.taken)
-        self.taken, self.waiting = self.waiting, None
+        self.taken, self.waiting = self.waiting or self.start(), None
         self.waiting = self.start()
         return self.taken
 
@@ -133,7 +135,7 @@ def execute_stage(
     source: Path,  # a stage notebook
     target: Path,  # where the executed copy goes; it is written as outputs arrive
     parameters: dict[str, Any],
-    kernel: Any = None,  # from `Kernels`; None: one of the machine's own named python3
+    kernel: Any,  # from `Kernels`
 ) -> None:
     "Run one notebook. Raises `UserError` with the stage's own sentence, or `StageFailed`."
     import logging

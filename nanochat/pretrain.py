@@ -37,7 +37,7 @@ class BaseConfig(TrainConfig):
     echo_part: float = 0.0  # of the rows after these
     echo_length: int = 48  # tokens that such a row repeats
 
-# %% ../nbs/52_pretrain.ipynb #ebe67383
+# %% ../nbs/52_pretrain.ipynb #9f2c64be
 def validation_batches(
     store: RowStore,  # validation rows
     cfg: TrainConfig,  # eval_tokens and device_rows
@@ -48,7 +48,14 @@ def validation_batches(
     "The first `eval_tokens` of the validation rows, shared out over the ranks."
     rows = cfg.device_rows * ranks.world
     count = max(1, min(cfg.eval_tokens // (rows * row), len(store) // rows))
-    return lambda: islice(RowLoader(store, rows, ranks, device), count)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        loader = RowLoader(store, rows, ranks, device)
+        try:
+            yield from islice(loader, count)
+        finally:
+            loader.close()
+    return batches
 
 
 OPENINGS = ("", "Once", "The", "One morning,")

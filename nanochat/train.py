@@ -283,7 +283,7 @@ def compute_precision(
         raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
-# %% ../nbs/50_train.ipynb #c65fb0f0
+# %% ../nbs/50_train.ipynb #c7947411
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -323,14 +323,16 @@ class Trainer:
         "What the rest of the stage will cost, tried out and undone; ranks do it together."
         step, trial = self.step, self.run.path / f".{self.stage}_trial"
         cfg, last, device = self.cfg, self.steps, self.device
-        with restore_after(self.model, self.optimizer, self.loader):
-            seconds = {"steps": self.time_steps(last - step)}
-            seconds["measuring"] = self.time_measuring(count_due(cfg.eval_every, step, last))
-            seconds["samples"] = estimate_seconds(self.draw_samples, count_due(cfg.sample_every, max(1, step), last), warm=0, most=1, device=device)
-            seconds["saving"] = estimate_seconds(lambda: self.write_checkpoint(trial), count_due(cfg.save_every, step + 1, last), warm=0, most=1, device=device)
-        self.step = step
-        if self.ranks.is_main:
-            shutil.rmtree(trial, ignore_errors=True)
+        try:
+            with restore_after(self.model, self.optimizer, self.loader):
+                seconds = {"steps": self.time_steps(last - step)}
+                seconds["measuring"] = self.time_measuring(count_due(cfg.eval_every, step, last))
+                seconds["samples"] = estimate_seconds(self.draw_samples, count_due(cfg.sample_every, max(1, step), last), warm=0, most=1, device=device)
+                seconds["saving"] = estimate_seconds(lambda: self.write_checkpoint(trial), count_due(cfg.save_every, step + 1, last), warm=0, most=1, device=device)
+        finally:
+            self.step = step
+            if self.ranks.is_main:
+                shutil.rmtree(trial, ignore_errors=True)
         memory = estimate_bytes(self.model.config, self.cfg.device_rows * self.row, self.dtype, device.type, self.ranks.world, self.cfg.compile)
         return seconds, sum(memory.values())
 
@@ -454,7 +456,7 @@ def advance(
     t.log("step", step=t.step, tokens_per_second=speed, mfu=mfu, epoch=t.loader.epoch, seconds=t.seconds, **numbers)
     progress.update(t.step, t.shows, numbers[t.shows], speed, (t.steps - t.step) * t.seconds / t.step, mfu)
 
-# %% ../nbs/50_train.ipynb #ae5d8a83
+# %% ../nbs/50_train.ipynb #a76a4d57
 def train(
     t: Trainer,  # what to train on what
 ) -> float:  # what is measured at the end: bits per byte on validation text
@@ -462,9 +464,9 @@ def train(
     resumed = t.resume()
     progress = Progress(t.stage, t.steps, t.step_size, t.curves, t.unit, t.floor, quiet=not t.ranks.is_main)
     peak = peak_flops(t.device, t.dtype) * t.ranks.world
-    estimated, began = announce(t, progress, resumed), time.perf_counter()
     t.model.train()
     with StopRequest(t.run, deadline=read_deadline()) as stop:
+        estimated, began = announce(t, progress, resumed), time.perf_counter()
         while True:
             last = t.step >= t.steps
             value = pause(t, progress, last)

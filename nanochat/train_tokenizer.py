@@ -29,7 +29,7 @@ class TokenizerConfig:
     max_chars: int = 3_000_000  # text to learn from
     doc_chars: int = 10_000  # of one document, so that a single book can't take over
 
-# %% ../nbs/51_train_tokenizer.ipynb #e91e38d5
+# %% ../nbs/51_train_tokenizer.ipynb #43426683
 UNSEEN = 500_000  # characters of validation text that are tokenized at the end
 
 
@@ -38,11 +38,11 @@ def estimate_training(
     cfg: TokenizerConfig,
 ) -> float:  # seconds
     "Predict how long the stage takes, from a first slice of the text."
-    next(iter(texts()))  # opens files, which happens once
+    next(iter(texts()), None)  # opens files, which happens once
     start = time.perf_counter()
     part = list(limit_chars(texts(), min(max(300_000, cfg.max_chars // 50), 10_000_000), cfg.doc_chars))
     trial = Tokenizer.train(part, 265)  # the bytes and the special tokens
-    middle, size = time.perf_counter(), sum(map(len, part))
+    middle, size = time.perf_counter(), max(1, sum(map(len, part)))
     trial.encode_batch(part)
     return ((middle - start) * cfg.max_chars + (time.perf_counter() - middle) * UNSEEN) / size
 

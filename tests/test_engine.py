@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.conversation import parse_reply
-from nanochat.engine import Engine, Row, row_uniforms, sample_tokens
+from nanochat.engine import PIECE, Engine, Row, prefill, row_uniforms, sample_tokens
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
@@ -329,3 +329,25 @@ def test_any_tokens_leave_a_row_in_order(tokens, room):
     for i, (token, sampled) in enumerate(zip(reply.tokens, reply.sampled)):
         if not sampled and reply.sampled[i - 1]:  # a result begins right behind a call
             assert token == OUTPUT and reply.tokens[i - 1] == PYTHON_END
+
+
+@torch.inference_mode()
+def test_prompts_that_are_read_in_pieces(model, monkeypatch):
+    monkeypatch.setitem(PIECE, "cpu", 50)
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 9, 30, 47, 12, 9)]
+    logits, cache = prefill(model, prompts, 48)
+    assert cache.lengths.tolist() == [1, 9, 30, 47, 12, 9] and cache.longest == 47
+    token = torch.tensor([[5]] * len(prompts))
+    following = model.logits(model.hidden(token, cache)[:, -1])
+    for prompt, first, second in zip(prompts, logits, following):
+        assert (model(torch.tensor([prompt]))[0, -1] - first).abs().max() < 1e-4
+        assert (model(torch.tensor([[*prompt, 5]]))[0, -1] - second).abs().max() < 1e-4
+
+
+def test_one_row_and_several_in_bfloat16(model):
+    prompts = [[3, 4, 5], [6, 7]]
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = Engine(model, TOKENIZER).complete(prompts[:1], max_tokens=4, temperature=0, tools=False)
+        both = Engine(model, TOKENIZER).complete(prompts, max_tokens=4, temperature=0, tools=False)
+    assert len(alone) == 1 and len(both) == 2 and all(reply.tokens or reply.stop for reply in [*alone, *both])

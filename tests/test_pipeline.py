@@ -1,0 +1,65 @@
+"""Stages in kernels of their own: none is left over, and one that is interrupted saves first."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.pipeline import Kernels, StageFailed, execute_stage, run_pipeline
+
+NANOCHAT = Path(sys.executable).with_name("nanochat")
+
+
+def find_kernels(log):
+    "Processes whose command line names this log file."
+    listed = subprocess.run(["ps", "-eo", "pid,args", "-ww"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in listed if str(log) in line]
+
+
+def write_notebook(path, code):
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_each_stage_has_a_fresh_kernel_and_none_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", "/somewhere")
+    log = tmp_path / "kernel.log"
+    source = write_notebook(tmp_path / "a.ipynb", "assert 'seen' not in globals()\nseen = 1\nimport sys; assert 'torch' in sys.modules")
+    with Kernels(log, 2) as kernels:
+        for _ in range(2):
+            execute_stage(source, tmp_path / "done" / "a.ipynb", {}, kernels.take())
+        assert kernels.waiting is None and len(find_kernels(log)) == 1
+    assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
+    with pytest.raises(StageFailed, match="ZeroDivisionError"), Kernels(log, 2) as kernels:
+        execute_stage(write_notebook(tmp_path / "b.ipynb", "1 / 0"), tmp_path / "done" / "b.ipynb", {}, kernels.take())
+    assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
+
+
+def test_a_refused_stage_leaves_no_kernel(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="--stages mid"):
+        run_pipeline("r", "demo", ["sft", "eval"])
+    assert not find_kernels(tmp_path)
+
+
+def test_ctrl_c_saves_and_leaves_no_kernel(tmp_path):
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    command = [NANOCHAT, "run", "--preset", "demo", "--stages", "tokenizer,base", "--set", "base.tokens=20000000", "--set", "base.save_every=1000000",
+               "--set", "base.eval_every=1000000", "--set", "base.sample_every=0"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("base step"):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command goes on" in rest
+    assert list((tmp_path / "runs" / "demo" / "base").glob("step_*")) and not find_kernels(tmp_path), rest
