@@ -173,7 +173,7 @@ def describe_machine(device: Any) -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; products reach {peaks}"
 
 
-def save_rows(
+def append_csv(
     what: str,  # the benchmark
     machine: str,
     configuration: str,
@@ -218,6 +218,21 @@ def format_table(
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in [head, *lines])
     return text + (f"\nours / best peer, {decides}: {ratio(best[False])} (above 1: ours is better)" if None not in best.values() else "")
+
+
+def show_results(
+    what: str,  # the benchmark
+    machine: str,
+    configuration: str,
+    results: dict[str, dict],  # variant -> measure -> value
+    title: str,
+    ours: set[str],  # the names of those that are ours
+    decides: str,  # the measure that ratios are of
+    lower: bool = False,  # whether less of it is better
+) -> Path:  # of the CSV file that has grown
+    "Print a table under its title, and keep its numbers."
+    print(f"\n{title}\n{format_table(results, ours, decides, lower)}", flush=True)
+    return append_csv(what, machine, configuration, results)
 
 
 def check_peer(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, save_rows
+from bench.harness import HERE, Team, Variant, check_peer, describe_machine, format_table, show_results
 from nanochat.common import COLORS, UserError, base_dir, get_device
 from nanochat.costs import peak_flops
 from nanochat.dataloader import RowStore
@@ -112,9 +112,8 @@ def train(args: Namespace) -> None:
                          "tokens/s": speed, "GFLOP/s": speed * about[name]["flops"] / 1e9, "% of peak": 100 * speed * about[name]["flops"] / peak,
                          "MB": m["memory"] / 1e6}
     configuration = f"{args.config} {rows}x{row} {args.precision} {device.type}"
-    print(f"\ntrain, {configuration}: {shape['depth']} blocks of width {shape['width']}, {shape['vocab_size']} tokens, medians of {args.rounds} rounds")
-    print(format_table(results, {v.name for v in variants if v.ours}, "tokens/s"))
-    print(f"added to {save_rows('train', machine, configuration, results)}")
+    title = f"train, {configuration}: {shape['depth']} blocks of width {shape['width']}, {shape['vocab_size']} tokens, medians of {args.rounds} rounds"
+    print(f"added to {show_results('train', machine, configuration, results, title, {v.name for v in variants if v.ours}, 'tokens/s')}")
 
 
 def decode(args: Namespace) -> None:
@@ -140,11 +139,10 @@ def decode(args: Namespace) -> None:
                                       if team.workers[name].about["same_weights"] else "other weights", "MB": m["memory"] / 1e6}
                                for name, m in measured.items()}
                     configuration = f"{args.config} prompt {length} batch {batch} new {args.new} {args.precision} {device.type}"
-                    print(f"\ndecode, {configuration}, medians of {args.rounds} rounds")
-                    print(format_table(results, {v.name for v in variants if v.ours}, "tokens/s"))
+                    title, ours = f"decode, {configuration}, medians of {args.rounds} rounds", {v.name for v in variants if v.ours}
+                    path = show_results("decode", machine, configuration, results, title, ours, "tokens/s")
                     if batch == 1:
-                        print(format_table(results, {v.name for v in variants if v.ours}, "first token ms", lower=True).splitlines()[-1])
-                    path = save_rows("decode", machine, configuration, results)
+                        print(format_table(results, ours, "first token ms", lower=True).splitlines()[-1])
     print(f"added to {path}")
 
 
@@ -229,7 +227,6 @@ def quality(args: Namespace) -> None:
                 results[key] = {"parameters": about[key], "steps": m["steps"], "tokens": m["steps"] * rows * row, "bits per byte": m["bits per byte"],
                                 "MB": m["memory"] / 1e6}
                 curves.setdefault(key, {})[minutes] = m["bits per byte"]
-            path = save_rows("quality", machine, f"{configuration} {minutes:g} min", results)
-            print(f"\nquality, {configuration}, after {minutes:g} minutes of training")
-            print(format_table(results, {v.name for v in variants if v.ours}, "bits per byte", lower=True), flush=True)
+            path = show_results("quality", machine, f"{configuration} {minutes:g} min", results,
+                                f"quality, {configuration}, after {minutes:g} minutes of training", {v.name for v in variants if v.ours}, "bits per byte", lower=True)
     print(f"added to {path}, plot: {plot_quality(curves, base_dir() / 'bench' / 'quality.png')}")

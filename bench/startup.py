@@ -5,7 +5,7 @@ import sys
 import time
 from argparse import Namespace
 
-from bench.harness import HERE, describe_machine, format_table, save_rows
+from bench.harness import HERE, describe_machine, show_results
 from nanochat.common import get_device
 
 HELP = "import sys; sys.argv = ['nanochat', '--help']\nfrom nanochat.cli import main\ntry: main()\nexcept SystemExit: pass"
@@ -42,6 +42,5 @@ def measure_import(args: Namespace) -> None:
                 continue
             seconds[name] += [took] if turn else []  # the first may have to read from the disk, and to compile
     results = {name: {"ms": 1000 * statistics.median(values), "torch": "imported" if torch_too[name] else "not imported"} for name, values in seconds.items()}
-    print(f"\nimport, medians of {args.rounds} fresh processes")
-    print(format_table(results, set(), "ms"))
-    print(f"added to {save_rows('import', machine, 'fresh process', results)}")
+    title = f"import, medians of {args.rounds} fresh processes"
+    print(f"added to {show_results('import', machine, 'fresh process', results, title, set(), 'ms')}")

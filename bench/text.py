@@ -12,11 +12,10 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from bench.harness import Team, describe_machine, format_table, save_rows, take_turns
+from bench.harness import Team, describe_machine, show_results, take_turns
 from nanochat.bpe import SPLIT_PATTERN
 from nanochat.common import format_bytes, get_device
-from nanochat.dataloader import RowLoader, RowStore, make_rows, read_rows
-from nanochat.dataloader import save_rows as save_token_rows
+from nanochat.dataloader import RowLoader, RowStore, make_rows, read_rows, save_rows
 from nanochat.dataset import iter_texts, open_corpus
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -34,7 +33,7 @@ def read_texts(
         total += len(text.encode(errors="replace"))
         if total >= size:
             break
-    return corpus if corpus in ("tinyworld",) else corpus.rpartition("/")[2], texts
+    return corpus.rpartition("/")[2], texts
 
 
 def time_tasks(
@@ -116,7 +115,8 @@ def tokenizer(args: Namespace) -> None:
         "encoding, one thread": {"ours": lambda: [ours.encode(text) for text in texts], "tiktoken": lambda: [theirs.encode_ordinary(text) for text in texts]},
         f"encoding, {threads} threads": {"ours": lambda: ours.encode_batch(texts), "tiktoken": lambda: theirs.encode_ordinary_batch(texts, num_threads=threads)},
     }
-    expected, same = ours.encode_batch(texts), {"ours": True, "tiktoken": theirs.encode_ordinary_batch(texts) == ours.encode_batch(texts)}
+    expected = ours.encode_batch(texts)
+    same = {"ours": True, "tiktoken": theirs.encode_ordinary_batch(texts) == expected}
     try:
         other = make_other(ours.tokens)
         same["tokenizers"] = [e.ids for e in other.encode_batch_fast(texts, add_special_tokens=False)] == expected
@@ -130,9 +130,7 @@ def tokenizer(args: Namespace) -> None:
         seconds = time_tasks(variants, args.rounds)
         results = {key: {"MB/s": size / 1e6 / value} | ({"same tokens": str(same[key])} if key in same and name != "training" else {})
                    for key, value in seconds.items()}
-        print(f"\n{configuration}, medians of {args.rounds} rounds")
-        print(format_table(results, {"ours"}, "MB/s"))
-        path = save_rows("tokenizer", machine, configuration, results)
+        path = show_results("tokenizer", machine, configuration, results, f"{configuration}, medians of {args.rounds} rounds", {"ours"}, "MB/s")
     print(f"added to {path}")
 
 
@@ -150,7 +148,7 @@ def data(args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = np.random.default_rng(0).integers(shape["vocab_size"], size=(64 * rows, row + 1))
-        save_token_rows(folder / "rows", ids, np.ones(ids.shape, bool))
+        save_rows(folder / "rows", ids, np.ones(ids.shape, bool))
         loader = RowLoader(RowStore(1, lambda _: read_rows(folder / "rows")), rows, device=device, shuffle_seed=0)
         batches = time_tasks({"loader": lambda: list(islice(loader, 64))}, args.rounds)["loader"] / 64
         loader.close()
@@ -171,7 +169,6 @@ def data(args: Namespace) -> None:
                "rows made of text": {"batches/s": 1 / made, "times what training eats": fastest / made},
                **{f"training, {name}": {"batches/s": 1 / m["step"]} for name, m in steps.items()}}
     configuration = f"{args.config} {rows}x{row} {args.precision} {device.type}"
-    print(f"\ndata, {configuration}, medians of {args.rounds} rounds")
-    print(format_table(results, set(), "batches/s"))
+    path = show_results("data", machine, configuration, results, f"data, {configuration}, medians of {args.rounds} rounds", set(), "batches/s")
     print(f"the loader alone gives {fastest / batches:.0f} times what training eats: " + ("enough" if fastest >= 10 * batches else "too few, 10 are wanted"))
-    print(f"added to {save_rows('data', machine, configuration, results)}")
+    print(f"added to {path}")

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from bench.__main__ import main
-from bench.harness import HERE, Team, Variant, format_table, save_rows
+from bench.harness import HERE, Team, Variant, append_csv, format_table
 from bench.models import SHAPES, prepare_rows, read_shape, save_weights
 from bench.text import find_merges
 from nanochat.bpb import bits_per_byte
@@ -76,7 +76,7 @@ def test_ratios_are_of_our_best():
 def test_the_csv_file_grows(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     for value in (1.5, 2.5):
-        path = save_rows("train", "a machine, with a comma", "tiny", {"ours": {"step ms": value, "same": True}})
+        path = append_csv("train", "a machine, with a comma", "tiny", {"ours": {"step ms": value, "same": True}})
     rows = list(csv.DictReader(path.open()))
     assert [row["value"] for row in rows] == ["1.5", "True", "2.5", "True"]
     assert rows[0]["machine"] == "a machine, with a comma" and list(rows[0]) == ["date", "machine", "configuration", "variant", "measure", "value"]

@@ -2,16 +2,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import NANOCHAT
 
 from nanochat.common import UserError
 from nanochat.pipeline import Kernels, StageFailed, execute_stage, run_pipeline
-
-NANOCHAT = Path(sys.executable).with_name("nanochat")
 
 
 def find_kernels(log):
