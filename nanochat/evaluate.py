@@ -199,7 +199,7 @@ def estimate_exam(
             total += seconds * scale_exam(few, count, ranks.world) * sum(name in plan[source] for source in alike)
     return total
 
-# %% ../nbs/56_evaluate.ipynb #d16269c5
+# %% ../nbs/56_evaluate.ipynb #2a0d19ef
 def run_evaluate(
     cfg: EvalConfig,
 ) -> None:
@@ -213,7 +213,7 @@ def run_evaluate(
         if ranks.is_main and plan:
             run.log("eval", "environment", **describe_machine(device))
             run.log("eval", "config", settings=asdict(cfg), estimated_seconds=estimated)
-            print(f"asking {', '.join(plan)}: {sum(map(len, plan.values()))} tasks in all, {cfg.items or 'all their'} questions each; "
+            print(f"eval: {sum(map(len, plan.values()))} tasks for {', '.join(plan)}, {cfg.items or 'all their'} questions each; "
                   f"about {format_seconds(estimated)}", flush=True)
         for source, names in plan.items():
             asked, (model, tokenizer, meta) = how_asked(run, source, cfg), load_model(run, source, device)

@@ -60,13 +60,13 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #7839a108
+# %% ../nbs/58_pipeline.ipynb #4858c0c7
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
 
 class Kernels:
-    "Fresh kernels of this Python, one of them always ready; what their libraries say of themselves goes into a file."
+    "Fresh kernels of this Python, the next one ready in time; what their libraries say of themselves goes into a file."
 
     def __init__(
         self,
@@ -111,21 +111,29 @@ class Kernels:
         if manager is not None:
             run_sync(manager.shutdown_kernel)(now=at_once)
 
+    def prepare(self) -> None:
+        "Start the next kernel, if none waits."
+        self.waiting = self.waiting or self.start()
+
     def take(self) -> Any:
-        "The kernel that waits; the one before ends, and another starts."
+        "The kernel that waits, or a new one; the one before ends."
         self.stop(self.taken)
         self.taken, self.waiting = self.waiting or self.start(), None
-        self.waiting = self.start()
         return self.taken
 
 
 class _Lines:
     "A file for papermill's streams that passes the stage's own lines on."
 
+    def __init__(self, kernels: Kernels):
+        self.kernels = kernels
+
     def write(self, text: str) -> None:
         for line in re.split(r"[\r\n]+", text):
             if line.strip() and not line.startswith("<") and "it/s" not in line:
                 print(line, flush=True)
+            if re.match(r"\w+: .*; about ", line):  # the stage has said what it will cost: its rehearsal is over
+                self.kernels.prepare()
 
     def flush(self) -> None:
         sys.stdout.flush()
@@ -135,7 +143,7 @@ def execute_stage(
     source: Path,  # a stage notebook
     target: Path,  # where the executed copy goes; it is written as outputs arrive
     parameters: dict[str, Any],
-    kernel: Any,  # from `Kernels`
+    kernels: Kernels,  # gives the kernel, and has the next one ready
 ) -> None:
     "Run one notebook. Raises `UserError` with the stage's own sentence, or `StageFailed`."
     import logging
@@ -150,7 +158,7 @@ def execute_stage(
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False, log_output=False,
-                                   stdout_file=_Lines(), stderr_file=None, autosave_cell_every=10, coalesce_streams=True, km=kernel)
+                                   stdout_file=_Lines(kernels), stderr_file=None, autosave_cell_every=10, coalesce_streams=True, km=kernels.take())
     except papermill.PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(error.evalue) from None
@@ -163,7 +171,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #4556b6a4
+# %% ../nbs/58_pipeline.ipynb #0f2e0bf9
 def merge_choices(
     before: dict[str, Any],  # how a run was begun; empty for a new one
     given: dict[str, Any],  # what is asked for now; None or empty: as before
@@ -205,7 +213,7 @@ def run_pipeline(
         for stage in chosen:
             start, name = time.perf_counter(), f"{NOTEBOOKS[stage]}.ipynb"
             print(f"--- {stage}", flush=True)
-            execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **choices), kernels.take())
+            execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **choices), kernels)
             if not this.stage_done(stage):
                 raise StageFailed(f"{name} ended without completing {stage}; see {this.path / 'notebooks' / name}")
             if not file.exists():

@@ -8,7 +8,7 @@ import pytest
 from conftest import NANOCHAT
 
 from nanochat.common import UserError
-from nanochat.pipeline import Kernels, StageFailed, execute_stage, run_pipeline
+from nanochat.pipeline import NOTEBOOKS, Kernels, StageFailed, execute_stage, run_pipeline
 
 
 def find_kernels(log):
@@ -29,15 +29,21 @@ def write_notebook(path, code):
 def test_each_stage_has_a_fresh_kernel_and_none_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", "/somewhere")
     log = tmp_path / "kernel.log"
-    source = write_notebook(tmp_path / "a.ipynb", "assert 'seen' not in globals()\nseen = 1\nimport sys; assert 'torch' in sys.modules")
-    with Kernels(log, 2) as kernels:
-        for _ in range(2):
-            execute_stage(source, tmp_path / "done" / "a.ipynb", {}, kernels.take())
-        assert kernels.waiting is None and len(find_kernels(log)) == 1
+    source = write_notebook(tmp_path / "a.ipynb", "assert 'seen' not in globals()\nseen = 1\nimport sys; assert 'torch' in sys.modules\nprint('base: 3 steps; about 1 s')")
+    with Kernels(log, 3) as kernels:
+        assert not find_kernels(log)  # nothing loads while a stage rehearses
+        for waiting in (1, 1, 0):
+            execute_stage(source, tmp_path / "done" / "a.ipynb", {}, kernels)
+            assert len(find_kernels(log)) == 1 + waiting
     assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
     with pytest.raises(StageFailed, match="ZeroDivisionError"), Kernels(log, 2) as kernels:
-        execute_stage(write_notebook(tmp_path / "b.ipynb", "1 / 0"), tmp_path / "done" / "b.ipynb", {}, kernels.take())
+        execute_stage(write_notebook(tmp_path / "b.ipynb", "1 / 0"), tmp_path / "done" / "b.ipynb", {}, kernels)
     assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
+
+
+def test_every_stage_that_takes_time_lets_the_next_one_load(demo):
+    announced = [line for line in demo.stdout.splitlines() if "; about " in line and line.split(": ")[0] in NOTEBOOKS]
+    assert [line.split(": ")[0] for line in announced] == ["tokenizer", "base", "mid", "sft", "eval"], demo.stdout
 
 
 def test_a_refused_stage_leaves_no_kernel(tmp_path, monkeypatch):
