@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OPTIONAL', 'YOUNG', 'notebook_dir', 'check_stages', 'stage_parameters', 'StageFailed', 'Kernels',
-           'execute_stage', 'merge_choices', 'run_pipeline']
+           'execute_stage', 'merge_choices', 'begin_run', 'keep_choices', 'run_pipeline']
 
 # %% ../nbs/58_pipeline.ipynb #930ec0fb
 import json
@@ -172,7 +172,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #0f2e0bf9
+# %% ../nbs/58_pipeline.ipynb #a95ab35a
 def merge_choices(
     before: dict[str, Any],  # how a run was begun; empty for a new one
     given: dict[str, Any],  # what is asked for now; None or empty: as before
@@ -187,26 +187,44 @@ def merge_choices(
     return merged
 
 
-def run_pipeline(
-    run: str = "tiny",  # the run's name
+def begin_run(
+    run: Run,
     preset: str | None = None,  # None: the run's own, and tiny for a new one
-    stages: list[str] | None = None,  # None: all but rl
     corpus: str | None = None,  # None: the run's own, or as the preset says
     shape: dict[str, int | None] | None = None,  # depth, width, vocab_size, where they differ from the preset's
     settings: dict[str, dict[str, Any]] | None = None,  # stage -> setting -> value
+) -> dict[str, Any]:  # preset, corpus, shape, settings
+    "What a run is to be: as it was begun, and what is asked for now."
+    before = run.choices() or {"preset": "tiny", "corpus": None}
+    choices = merge_choices(before, {"preset": preset, "corpus": corpus, "shape": shape or {}, "settings": settings or {}})
+    if choices["preset"] not in PRESETS:
+        raise UserError(f"preset {choices['preset']!r} is unknown; choose one of {', '.join(PRESETS)}: nanochat run --preset tiny")
+    return choices
+
+
+def keep_choices(
+    run: Run,
+    choices: dict[str, Any],  # from `begin_run`
+) -> None:
+    "Write down how a run was begun."
+    atomic_write(run.path / "config.json", json.dumps(choices, indent=2) + "\n")
+
+
+def run_pipeline(
+    run: str = "tiny",  # the run's name
+    preset: str | None = None,
+    stages: list[str] | None = None,  # None: all but rl
+    corpus: str | None = None,
+    shape: dict[str, int | None] | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+    once: dict[str, dict[str, Any]] | None = None,  # settings for this time, which the run doesn't keep
 ) -> Run:
     "Execute the stage notebooks in order; a stage that is complete says so and takes no time."
     import time
 
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
-    file = this.path / "config.json"
-    before = this.choices() or {"preset": "tiny", "corpus": None}
-    choices = merge_choices(before, {"preset": preset, "corpus": corpus, "shape": shape or {}, "settings": settings or {}})
-    if choices["preset"] not in PRESETS:
-        raise UserError(f"preset {choices['preset']!r} is unknown; choose one of {', '.join(PRESETS)}: nanochat run --preset tiny")
-    def keep():
-        atomic_write(file, json.dumps(choices, indent=2) + "\n")
-
+    choices = begin_run(this, preset, corpus, shape, settings)
+    now = merge_choices(choices, {"settings": once or {}})
     (this.path / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
@@ -214,11 +232,11 @@ def run_pipeline(
         for stage in chosen:
             start, name = time.perf_counter(), f"{NOTEBOOKS[stage]}.ipynb"
             print(f"--- {stage}", flush=True)
-            execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **choices), kernels)
+            execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **now), kernels)
             if not this.stage_done(stage):
                 raise StageFailed(f"{name} ended without completing {stage}; see {this.path / 'notebooks' / name}")
-            if not file.exists():
-                keep()
+            if not this.choices():
+                keep_choices(this, choices)
             print(f"--- {stage} took {format_seconds(time.perf_counter() - start)}", flush=True)
-    keep()  # choices that no stage has refused
+    keep_choices(this, choices)  # what no stage has refused
     return this
