@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SITE_NAMES', 'CHAIN', 'HOURS', 'LIVE', 'MARGIN', 'Site', 'read_site', 'Job', 'name_job', 'read_hours', 'write_hours',
-           'predict_hours', 'plan_jobs', 'is_finished', 'sbatch_command', 'Need', 'list_needs', 'need_corpus',
-           'need_task', 'need_bundle', 'need_words', 'name_need', 'bytes_to_write', 'check_disk', 'check_batch',
-           'check_site', 'check_machine', 'check_run', 'report_checks', 'ask_slurm', 'note_job', 'read_jobs',
-           'job_states', 'submit_run', 'job_end', 'progress_of', 'count_vain', 'JobStop', 'run_job',
-           'describe_progress', 'describe_run']
+           'count_gpus', 'predict_hours', 'plan_jobs', 'is_finished', 'sbatch_command', 'Need', 'stage_settings',
+           'list_needs', 'need_corpus', 'need_task', 'need_bundle', 'need_words', 'name_need', 'bytes_to_write',
+           'check_disk', 'check_batch', 'check_site', 'check_machine', 'check_run', 'report_checks', 'ask_slurm',
+           'note_job', 'read_jobs', 'job_states', 'submit_run', 'job_end', 'progress_of', 'count_vain', 'JobStop',
+           'run_job', 'describe_progress', 'describe_run']
 
 # %% ../nbs/63_jobs.ipynb #2692c0cb
 import json
@@ -69,7 +69,7 @@ def read_site(
         values[match[1]] = value.strip()
     return Site(path, values)
 
-# %% ../nbs/63_jobs.ipynb #627d3ac2
+# %% ../nbs/63_jobs.ipynb #b0541265
 @dataclass(frozen=True)
 class Job:
     "One job of a run."
@@ -121,6 +121,14 @@ def write_hours(
     return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
 
 
+def count_gpus(
+    site: Site,
+) -> int:  # of all nodes together; 0 if jobs get none
+    "How many GPUs a stage gets."
+    given = re.search(r"gpu(?::\w+)?:(\d+)$", site.get("SITE_GRES"))
+    return int(given[1]) * int(site.get("SITE_NODES") or 1) if given else 0
+
+
 def predict_hours(
     preset: str,
     stage: str,  # base, mid or sft
@@ -130,14 +138,12 @@ def predict_hours(
     from nanochat.costs import GPU_PEAKS, predict_run
     from nanochat.gpt import GPTConfig
 
-    count = re.search(r":(\d+)$", site.get("SITE_GRES"))
     settings, base = PRESETS[preset][stage], PRESETS[preset]["base"]
     tokens = settings.get("tokens") or 0.05 * base["tokens"]  # a mixture is read once: about a twentieth of the corpus
-    if site.get("SITE_PEAK") not in GPU_PEAKS or not count:
+    if site.get("SITE_PEAK") not in GPU_PEAKS or not count_gpus(site):
         return None
     config = GPTConfig(PRESETS[preset]["tokenizer"]["vocab_size"], base["depth"], base["width"], base["heads"], base["heads"], base["context"])
-    devices = int(count[1]) * int(site.get("SITE_NODES") or 1)
-    return predict_run(config, tokens, base["device_rows"], devices, GPU_PEAKS[site.get("SITE_PEAK")])["hours"]
+    return predict_run(config, tokens, base["device_rows"], count_gpus(site), GPU_PEAKS[site.get("SITE_PEAK")])["hours"]
 
 
 def plan_jobs(
@@ -190,7 +196,7 @@ def sbatch_command(
             f"--output={run.path / 'jobs' / (job.name.replace(':', '_') + '-%j.log')}",
             str(root / "slurm" / "stage.sbatch"), str(site.path.resolve()), run.name, job.name]
 
-# %% ../nbs/63_jobs.ipynb #8cf92d43
+# %% ../nbs/63_jobs.ipynb #67f4c67d
 @dataclass(frozen=True)
 class Need:
     "Something that a run reads."
@@ -199,16 +205,23 @@ class Need:
     load: Callable[[], str]  # reads it, and says what it found. Raises `UserError` if it isn't there
 
 
+def stage_settings(
+    choices: dict[str, Any],  # preset and settings
+    stage: str,
+) -> dict[str, Any]:
+    "What a stage will be told: the preset's settings and the run's own."
+    return PRESETS[choices["preset"]].get(stage, {}) | choices.get("settings", {}).get(stage, {})
+
+
 def list_needs(
     choices: dict[str, Any],  # how the run is begun: preset, corpus, settings
 ) -> list[Need]:  # each once
     "Everything from outside that a run's stages will read."
     from nanochat.benchmarks import HUB_DATA
 
-    preset, settings = PRESETS[choices["preset"]], choices.get("settings", {})
-    stages = {stage: preset.get(stage, {}) | settings.get(stage, {}) for stage in ("base", "mid", "sft", "rl", "eval")}
-    corpus, shards = choices.get("corpus") or preset["data"]["corpus"], stages["base"].get("shards", preset["data"]["shards"])
-    recipes = [stages[stage].get("mixture", "") for stage in ("mid", "sft", "rl")] + [stages["eval"].get("tasks", "")]
+    data = PRESETS[choices["preset"]]["data"]
+    corpus, shards = choices.get("corpus") or data["corpus"], stage_settings(choices, "base").get("shards", data["shards"])
+    recipes = [stage_settings(choices, stage).get("mixture" if stage != "eval" else "tasks", "") for stage in ("mid", "sft", "rl", "eval")]
     names = list(dict.fromkeys(name.partition("=")[0].strip() for recipe in recipes for name in recipe.split(",") if name.strip()))
     needs = [need_corpus(corpus, shards)]
     for name in names:
@@ -288,7 +301,7 @@ def name_need(
         return [need_task(name) for name in HUB_DATA]
     return [need_task(known) if known in HUB_DATA else need_corpus(what, shards)]
 
-# %% ../nbs/63_jobs.ipynb #539b3124
+# %% ../nbs/63_jobs.ipynb #2358e0ab
 def bytes_to_write(
     preset: str,
 ) -> int:  # bytes
@@ -317,15 +330,14 @@ def check_disk(preset: str) -> str:
 
 
 def check_batch(
-    preset: str,
+    choices: dict[str, Any],  # preset and settings
     site: Site | None,  # None: this machine
 ) -> str:
     "Whether the batch divides among the devices."
     import torch
 
-    given = re.search(r":(\d+)$", site.get("SITE_GRES")) if site else None
-    devices = int(given[1]) * int(site.get("SITE_NODES") or 1) if given else max(1, torch.cuda.device_count())
-    base = PRESETS[preset]["base"]
+    base = stage_settings(choices, "base")
+    devices = base.get("processes") or (count_gpus(site) if site else torch.cuda.device_count()) or 1
     rows = base["device_rows"] * (base.get("row") or base["context"]) * devices
     if base["batch_tokens"] % rows:
         raise UserError(f"a batch of {base['batch_tokens']:,d} tokens doesn't divide among {devices} devices with {base['device_rows']} rows each: "
@@ -365,7 +377,7 @@ def check_run(
 ) -> Iterator[tuple[str, bool, str]]:  # what was checked, whether it passes, and what was found or what to type
     "Everything that could stop a run, tried out."
     preset = choices["preset"]
-    checks: list[tuple[str, Callable[[], str]]] = [("machine", check_machine), ("disk", lambda: check_disk(preset)), ("batch", lambda: check_batch(preset, site))]
+    checks: list[tuple[str, Callable[[], str]]] = [("machine", check_machine), ("disk", lambda: check_disk(preset)), ("batch", lambda: check_batch(choices, site))]
     if site:
         checks.append(("site", lambda: check_site(site, preset)))
     before, os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE"), "1"
