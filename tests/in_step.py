@@ -15,7 +15,7 @@ def render_readme(root: Path) -> str:
     "README.md is the text of nbs/index.ipynb, with links as seen from the root."
     cells = json.loads((root / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](nbs/\1)", text) + "\n"
+    return re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](nbs/\1)", text).replace("](../", "](") + "\n"
 
 
 def write(root: Path) -> None:
