@@ -138,6 +138,18 @@ class Cluster:
         script = 'hostname "$1" && mount --bind "$2" /etc/hosts && exec slurmd -D -N "$1"'
         self.start(name, *own, "sh", "-c", script, "sh", name, str(self.folder / "hosts"))
 
+    def break_node(self, name, number):
+        "The machine of a job loses its power: slurmd and the job are gone at once, and Slurm finds out."
+        self.daemons.pop(name).kill()
+        for pid in self.processes(f"SLURM_JOB_ID={number}"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
+
+    def mend_node(self, name):
+        self.start_node(name)
+        self.call("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
     def call(self, *command, timeout=60, **environment):
         return subprocess.run([str(part) for part in command], env={**self.environment, **environment}, capture_output=True, text=True, timeout=timeout)
 
@@ -166,13 +178,18 @@ class Cluster:
         self.wait_until(there, f"job {number} ({self.job(number).get('JobState')})", seconds)
         return self.job(number)
 
-    def leftovers(self):
-        "Processes of this cluster that are still there: daemons by their working directory, jobs by their environment."
-        found, tag = [], f"SLURM_CONF={self.folder}/slurm.conf".encode()
+    def processes(self, variable="SLURM_CONF="):
+        "Processes of this cluster's jobs, and of one job if a variable names it."
+        found = []
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                environment = (place / "environ").read_bytes().split(b"\0")
-                if tag in environment and int(place.name) != os.getpid() and (any(v.startswith(b"SLURM_JOB_ID=") for v in environment)
-                                                                              or (place / "cwd").resolve() == self.folder):
+                environment = (place / "environ").read_bytes().decode(errors="replace").split("\0")
+                ours = f"SLURM_CONF={self.folder}/slurm.conf" in environment and any(v.startswith("SLURM_JOB_ID=") for v in environment)
+                if ours and any(v.startswith(variable) for v in environment):
                     found.append(int(place.name))
         return found
+
+    def leftovers(self):
+        "What is still there after the end: processes of jobs, and daemons, which work in the cluster's folder."
+        daemons = [int(place.name) for place in Path("/proc").glob("[0-9]*") if os.path.realpath(place / "cwd") == str(self.folder)]
+        return sorted({*self.processes(), *daemons} - {os.getpid()})

@@ -99,9 +99,10 @@ def test_stopped_and_lost_it_goes_on(cluster, site, whole):
         cluster.wait_for(ids[1], ["RUNNING"])
     wait_for_step(cluster, site, "often", 100)  # a node that breaks: Slurm itself begins the job again
     node = cluster.job(ids[1])["NodeList"]
-    cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    cluster.wait_for(ids[1], ["PENDING", "RUNNING"])
-    cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.break_node(node, ids[1])
+    cluster.wait_for(ids[1], ["PENDING"])
+    cluster.mend_node(node)
+    cluster.wait_for(ids[1], ["RUNNING"])
     wait_for_step(cluster, site, "often", 130)  # somebody takes the job out of the queue, and it is submitted again
     cluster.call("scancel", ids[1])
     assert cluster.wait_for(ids[1])["JobState"] == "CANCELLED"
@@ -115,21 +116,13 @@ def test_stopped_and_lost_it_goes_on(cluster, site, whole):
 def test_a_dead_kernel_ends_the_chain(cluster, site):
     _, ids = submit(cluster, site, "--preset", "demo", "--run", "dead", *QUICK)
     wait_for_step(cluster, site, "dead", 5)
-    kernels = [int(place.name) for place in Path("/proc").glob("[0-9]*") if b"launch_new_instance" in read(place / "cmdline")
-               and f"SLURM_JOB_ID={ids[1]}\0".encode() in read(place / "environ")]
+    kernels = [pid for pid in cluster.processes(f"SLURM_JOB_ID={ids[1]}") if b"launch_new_instance" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in kernels:
         os.kill(pid, signal.SIGKILL)
     assert cluster.wait_for(ids[1])["JobState"] == "FAILED"
     assert "goes on from the last checkpoint" in log_of(site, "dead", "base").splitlines()[-1]
     assert all(cluster.wait_for(number)["JobState"] == "CANCELLED" for number in ids[2:])
     cluster.wait_until(lambda: f"Job_id={ids[1]} Name=dead:base Failed" in (cluster.folder / "mail.log").read_text(), "mail")
-
-
-def read(path):
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_what_is_missing_is_found_before_anything_is_queued(cluster, site):
