@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IGNORED', 'NEUTRAL', 'REASONS', 'MAX_BODY', 'PATIENCE', 'Sampling', 'Said', 'Job', 'Batch', 'Busy', 'Stopping',
            'Scheduler', 'Piece', 'TextStream', 'describe_token', 'ApiError', 'Part', 'Message', 'StreamOptions',
-           'ChatRequest', 'Card', 'Shelf', 'find_card', 'make_prompt', 'Answer', 'until_hangup', 'EventStream',
-           'add_errors', 'build_app', 'describe_card', 'allowed_hosts', 'check_caller', 'read_body', 'content_policy',
-           'Guard', 'Server', 'open_socket', 'serve', 'serve_in_thread']
+           'ChatRequest', 'Card', 'Shelf', 'find_card', 'begin_reply', 'make_prompt', 'Answer', 'until_hangup',
+           'EventStream', 'add_errors', 'build_app', 'describe_card', 'allowed_hosts', 'check_caller', 'read_body',
+           'content_policy', 'Guard', 'Server', 'open_socket', 'serve', 'serve_in_thread']
 
-# %% ../nbs/61_web.ipynb #96894dd7
+# %% ../nbs/61_web.ipynb #ad1c90bb
 import asyncio
 import base64
 import codecs
@@ -43,7 +43,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .checkpoint import list_checkpoints, read_meta
 from .common import UserError
-from .conversation import fit_prompt, plain_text
+from .conversation import fit_prompt, plain_text, render_conversation
 from .engine import Engine, Row, prefill, row_uniforms, sample_tokens
 from .gpt import GPT, GPTConfig
 from .run import SOURCES, Run, list_runs
@@ -502,11 +502,20 @@ def find_card(
             return card
     raise ApiError(404, f"there is no model {model[:100]!r}; there is: {', '.join(card.id for card in cards[:8])}", "model_not_found", "model")
 
-# %% ../nbs/61_web.ipynb #adfcd3bb
+# %% ../nbs/61_web.ipynb #c77256bb
+def begin_reply(
+    tokenizer: Tokenizer,
+    message: dict,  # by the assistant
+) -> list[int]:
+    "The token ids of a reply that isn't finished: without the <|assistant_end|>."
+    whole, _ = render_conversation(tokenizer, [{"role": "user", "content": ""}, message])
+    return whole[whole.index(tokenizer.special["<|assistant_start|>"]) + 1 : -1]
+
+
 def make_prompt(
     engine: Engine,
     source: str,  # "base": the last question is continued as a document
-    messages: list[dict],
+    messages: list[dict],  # if the last is the assistant's, the reply goes on from there
 ) -> tuple[list[int], int]:  # token ids, and how many messages no longer fit
     "The token ids that a conversation begins with."
     tokenizer, context = engine.tokenizer, engine.model.config.context
@@ -515,7 +524,9 @@ def make_prompt(
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
             prompt, dropped = [tokenizer.bos, *tokenizer.encode("".join(plain_text(m["content"]) for m in messages[last:]))], 0
         else:
-            prompt, dropped = fit_prompt(tokenizer, messages, context)
+            begun = begin_reply(tokenizer, messages.pop()) if len(messages) > 1 and messages[-1]["role"] == "assistant" else []
+            prompt, dropped = fit_prompt(tokenizer, messages, context - len(begun))
+            prompt = prompt + begun
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
     if len(prompt) >= context:
