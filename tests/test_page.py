@@ -75,7 +75,7 @@ def visit(browser, server):
         page.on("console", lambda message: message.type in ("error", "warning") and seen.errors.append(message.text))
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
         store = json.dumps(json.dumps({"settings": {"temperature": 0.7, "top_k": 50, "max_tokens": 30, "seed": 1}, **(kept or {})}))
-        page.add_init_script(f"if (!localStorage.nanochat) localStorage.nanochat = {store}")
+        page.add_init_script(f"localStorage['nanochat.1'] ??= {store}")
         if slow:
             page.add_init_script(SLOW)
         page.goto(server)
@@ -150,7 +150,7 @@ def test_an_empty_page_says_whom_you_talk_to(visit):
 def test_a_reply_is_the_servers(visit, server):
     page = ask(visit(), "Tell me a story.")
     whole = complete(server, model="demo/sft", messages=[{"role": "user", "content": "Tell me a story."}], temperature=0.7, top_k=50, max_tokens=30, seed=1)
-    kept = page.evaluate("JSON.parse(localStorage.nanochat).chats[0].turns[0].replies[0]")
+    kept = page.evaluate("JSON.parse(localStorage['nanochat.1']).chats[0].turns[0].replies[0]")
     assert kept["parts"] == whole["choices"][0]["message"]["nanochat"]["parts"]
     assert kept["reason"] == whole["choices"][0]["finish_reason"] and kept["count"] == whole["usage"]["completion_tokens"]
     assert f"{kept['count']} token" in page.locator(".reply .actions").inner_text()
@@ -217,12 +217,12 @@ def test_side_by_side(visit):
     page = visit()
     page.click("text=side by side")
     ask(page, "What is 27 + 45?")
-    assert [h.split("\n")[0] for h in page.locator(".columns h3").all_inner_texts()] == SOURCES
+    assert [h.split("\n")[0] for h in page.locator(".columns h2").all_inner_texts()] == SOURCES
     asked = page.asked()
     assert sorted(r["model"] for r in asked) == [f"demo/{s}" for s in SOURCES] and len({(r["seed"], str(r["messages"])) for r in asked}) == 1
     columns = [page.locator(".columns .reply").nth(i).bounding_box() for i in range(3)]
     assert columns[0]["y"] == columns[1]["y"] == columns[2]["y"] and columns[0]["x"] < columns[1]["x"] < columns[2]["x"]
-    kept = {r["model"]: r["parts"] for r in page.evaluate("JSON.parse(localStorage.nanochat).chats[0].turns[0].replies")}
+    kept = {r["model"]: r["parts"] for r in page.evaluate("JSON.parse(localStorage['nanochat.1']).chats[0].turns[0].replies")}
     assert len({str(parts) for parts in kept.values()}) > 1  # stages differ
     ask(page, "And 3 + 4?")
     for request in page.asked()[3:]:  # each stage remembers what it said itself
@@ -272,7 +272,7 @@ def test_another_token_is_chosen_and_the_reply_goes_on(visit):
     assert asked[0] == {"role": "user", "content": "Hello!"} and asked[1]["role"] == "assistant"
     assert asked[1]["content"] == [{"type": "text", "text": "".join(after[: place + 1]).replace("\u21b5\n", "\n")}]
     assert "put" in page.locator(".token").nth(place).get_attribute("class")
-    assert page.evaluate("JSON.parse(localStorage.nanochat).chats[0].turns[0].replies[0].parts[0].text").startswith(asked[1]["content"][0]["text"])
+    assert page.evaluate("JSON.parse(localStorage['nanochat.1']).chats[0].turns[0].replies[0].parts[0].text").startswith(asked[1]["content"][0]["text"])
 
 
 def test_a_tool_call_is_shown_as_one(visit):
@@ -317,6 +317,12 @@ def test_a_reload_keeps_everything(visit):
     assert page.locator("#chats .open").all_inner_texts() == ["Second question", "First question"]
     page.click("text=First question")
     assert page.locator(".you p").inner_text().endswith("First question")
+    other = page.context.new_page()  # a second tab, which has the conversation open
+    other.goto(page.url)
+    other.locator("#stages label").first.wait_for()
+    ask(other, "In the other tab")
+    page.locator("#chats .open", has_text="Second question").wait_for()
+    other.close()
     page.get_by_label("Delete: First question").click()
     assert page.locator("#chats .open").all_inner_texts() == ["Second question"]
 
@@ -330,7 +336,7 @@ def test_a_full_store_loses_the_oldest_conversation_only(visit):
     }""")
     play(page, "a long answer " * 20)
     ask(page, "New question")
-    assert [chat["turns"][0]["text"] for chat in page.evaluate("JSON.parse(localStorage.nanochat).chats")] == ["New question"]
+    assert [chat["turns"][0]["text"] for chat in page.evaluate("JSON.parse(localStorage['nanochat.1']).chats")] == ["New question"]
     assert "a long answer" in words(page)[0]
 
 
