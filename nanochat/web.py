@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_MESSAGE', 'IGNORED', 'NEUTRAL', 'REASONS', 'PATIENCE', 'Sampling', 'Said', 'Job', 'Batch', 'Busy',
            'Stopping', 'Scheduler', 'Piece', 'TextStream', 'describe_token', 'ApiError', 'Message', 'StreamOptions',
-           'ChatRequest', 'Card', 'Shelf', 'begin_reply', 'make_prompt', 'Answer', 'until_hangup', 'EventStream',
-           'add_errors', 'build_app', 'describe_card', 'allowed_hosts', 'is_address', 'check_caller', 'read_body',
-           'refuse', 'content_policy', 'Guard', 'Connection', 'Server', 'open_socket', 'serve', 'serve_in_thread']
+           'ChatRequest', 'Card', 'Shelf', 'make_prompt', 'Answer', 'until_hangup', 'EventStream', 'add_errors',
+           'build_app', 'describe_card', 'allowed_hosts', 'is_address', 'check_caller', 'read_body', 'refuse',
+           'content_policy', 'Guard', 'Connection', 'Server', 'open_socket', 'serve', 'serve_in_thread']
 
-# %% ../nbs/61_web.ipynb #3ba336ee
+# %% ../nbs/61_web.ipynb #f9d3951f
 import asyncio
 import base64
 import codecs
@@ -43,7 +43,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .checkpoint import list_checkpoints, read_meta
 from .common import UserError
-from .conversation import PARTS, fit_prompt, plain_text, render_conversation
+from .conversation import PARTS, fit_prompt, plain_text
 from .engine import Engine, Row, prefill, row_uniforms, sample_tokens
 from .gpt import GPT, GPTConfig
 from .run import SOURCES, Run, list_runs
@@ -508,20 +508,11 @@ class Shelf:
                 self.engines[card] = Engine(model, tokenizer)
             return self.engines[card]
 
-# %% ../nbs/61_web.ipynb #c77256bb
-def begin_reply(
-    tokenizer: Tokenizer,
-    message: dict,  # by the assistant
-) -> list[int]:
-    "The token ids of a reply that isn't finished: without the <|assistant_end|>."
-    whole, _ = render_conversation(tokenizer, [{"role": "user", "content": ""}, message])
-    return whole[whole.index(tokenizer.special["<|assistant_start|>"]) + 1 : -1]
-
-
+# %% ../nbs/61_web.ipynb #adfcd3bb
 def make_prompt(
     engine: Engine,
     source: str,  # "base": the last question is continued as a document
-    messages: list[dict],  # if the last is the assistant's, the reply goes on from there
+    messages: list[dict],
 ) -> tuple[list[int], int]:  # token ids, and how many messages no longer fit
     "The token ids that a conversation begins with."
     tokenizer, context = engine.tokenizer, engine.model.config.context
@@ -530,9 +521,7 @@ def make_prompt(
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
             prompt, dropped = [tokenizer.bos, *tokenizer.encode("".join(plain_text(m["content"]) for m in messages[last:]))], 0
         else:
-            begun = begin_reply(tokenizer, messages.pop()) if len(messages) > 1 and messages[-1]["role"] == "assistant" else []
-            prompt, dropped = fit_prompt(tokenizer, messages, context - len(begun))
-            prompt = prompt + begun
+            prompt, dropped = fit_prompt(tokenizer, messages, context)
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
     if len(prompt) >= context:
