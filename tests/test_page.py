@@ -361,6 +361,15 @@ def test_a_reload_keeps_everything(visit):
     ask(other, "In the other tab")
     page.locator("#chats .open", has_text="Second question").wait_for()
     other.close()
+    page.evaluate("""() => { // the page was closed while a reply was being written
+      const kept = JSON.parse(localStorage["nanochat.1"]);
+      kept.chats.find(chat => chat.turns[0].text === "Second question").turns[0].replies[0].reason = "";
+      localStorage["nanochat.1"] = JSON.stringify(kept);
+    }""")
+    page.reload()
+    page.click("text=Second question")
+    assert "stopped" in page.locator(".reply .actions").first.inner_text()
+    page.click("text=First question")
     page.get_by_label("Delete: First question").click()
     assert page.locator("#chats .open").all_inner_texts() == ["Second question"]
 
@@ -456,12 +465,13 @@ def test_phone(visit):
     assert page.locator("#menu").get_attribute("aria-expanded") == "true"
     page.keyboard.press("Escape")
     page.locator("#new").wait_for(state="hidden")
+    assert page.locator("#menu").get_attribute("aria-expanded") == "false"
     page.tap("#settings")
     assert fits(page) and page.locator("#panel").is_visible()
 
 
 def test_keyboard_alone(visit):
-    page = visit(kept={"tokens": True})
+    page = visit(kept={"tokens": True, "stage": "base"})
     play(page, *TOKENS)
     def active():
         return page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName")
@@ -481,7 +491,7 @@ def test_keyboard_alone(visit):
     assert page.asked()[0]["messages"][0]["content"] == "Hello!\nWho are you?" and active() == "message"
     page.locator("#stages input:checked").focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#stages input:checked").input_value() == "all" and active() != "BODY"
+    assert page.locator("#stages input:checked").input_value() == "mid" and active() != "BODY"
     seen = set()
     for _ in range(25):  # Tab leads to the tokens, which are one stop
         page.keyboard.press("Tab")
@@ -489,7 +499,10 @@ def test_keyboard_alone(visit):
         if "token" in active().split():
             break
     assert "token" in active().split() and {"tokens", "settings", "theme"} <= seen
-    page.keyboard.press("ArrowRight")
+    assert page.locator(".token").first.evaluate("node => node === document.activeElement")
+    for key, place in (("End", 6), ("ArrowRight", 6), ("Home", 0), ("ArrowLeft", 0), ("ArrowRight", 1)):
+        page.keyboard.press(key)
+        assert page.locator(".token").nth(place).evaluate("node => node === document.activeElement"), key
     page.keyboard.press("Enter")
     assert page.locator("#card button:focus").inner_text() == "dog\n60%"
     page.keyboard.press("Escape")
