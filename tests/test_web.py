@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from nanochat import web
 from nanochat.attention import KVCache
+from nanochat.common import UserError
 from nanochat.conversation import parse_reply, plain_text, render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -562,7 +564,9 @@ def test_slow_clients_are_not_waited_for(monkeypatch):
         half.sendall(b"POST / HTTP/1.1\r\nHost: lo")
         body.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert again.recv(1000).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += again.recv(1000)
         again.sendall(b"GET /hea")
         reader = connect(url, receive_buffer=4096)
         content = json.dumps({"messages": ASK, "stream": True, "max_tokens": 4000, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
@@ -581,12 +585,17 @@ def test_slow_clients_are_not_waited_for(monkeypatch):
         assert post(url, {"model": "toy/base"}).status_code == 200
 
 
-def test_stopping_cuts_replies_cleanly():
+def test_stopping_cuts_replies_cleanly(capsys):
     scheduler = Scheduler()
-    with running(scheduler, sft=endless(0.005)) as url:
-        sock = start_stream(url)
+    with running(scheduler, sft=endless(0.005), base=endless(0)) as url:
+        sock, reader = start_stream(url), connect(url, receive_buffer=4096)
+        content = json.dumps({"messages": ASK, "model": "toy/base", "stream": True, "max_tokens": 4000, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
+        reader.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        wait_until(lambda: writing(url) == 9)
         start = time.monotonic()
-    assert time.monotonic() - start < 8 and not scheduler.thread.is_alive()
+    assert time.monotonic() - start < 15 and not scheduler.thread.is_alive()
+    assert capsys.readouterr().err == ""  # no traceback, although one never reads
+    reader.close()
     received = b"".join(iter(lambda: sock.recv(65536), b""))
     assert b'"finish_reason":"length"' in received and b"data: [DONE]" in received
 
@@ -631,8 +640,29 @@ def test_checkpoints_that_appear_while_the_server_runs(demo_run):
     card = shelf.find("demo/mid")
     engine = shelf.open(card)
     assert shelf.open(card) is engine and card.parameters == engine.model.num_params() and card.context == engine.model.config.context
-    (newest,) = (demo_run.path / "mid").glob("step_*")
-    newest.rename(newest.with_name("step_999999"))
-    assert shelf.open(shelf.find("demo/mid")) is not engine or shelf.find("demo/mid") == card
+    newest = max((demo_run.path / "mid").glob("step_*"))
+    os.utime(newest, (card.created + 60, card.created + 60))  # as if it had just been written
+    assert shelf.open(shelf.find("demo/mid")) is not engine and len(shelf.engines) == 1
+    for broken in ("{", "{}"):
+        (demo_run.path / "rl" / "step_000001").mkdir(parents=True, exist_ok=True)
+        (demo_run.path / "rl" / "step_000001" / "meta.json").write_text(broken)
+        assert shelf.find().id == "demo/sft"  # what can't be read isn't there
+    shutil.rmtree(demo_run.path / "rl")
     (demo_run.path / "sft").rename(demo_run.path / "gone")
     assert shelf.find().id == "demo/mid"
+    for source in ("gone", "mid", "base"):
+        shutil.rmtree(demo_run.path / source)
+    with pytest.raises(ApiError, match="no model that is trained"):
+        shelf.find()
+    with pytest.raises(UserError, match="nanochat run --run demo"):
+        web.serve(demo_run)
+
+
+def test_serve_says_who_may_call(demo_run, monkeypatch, capsys):
+    monkeypatch.setattr(web.Server, "run", lambda *_: None)
+    web.serve(demo_run, "127.0.0.1", 0)
+    assert "anyone" not in capsys.readouterr().out
+    web.serve(demo_run, "0.0.0.0", 0)
+    assert "anyone who reaches this port" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no host 'no such host'"):
+        web.serve(demo_run, "no such host", 0)
