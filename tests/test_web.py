@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from nanochat import web
 from nanochat.attention import KVCache
 from nanochat.common import UserError
-from nanochat.conversation import parse_reply, plain_text, render_prompt
+from nanochat.conversation import fit_prompt, parse_reply, plain_text, render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -393,6 +393,17 @@ def test_old_turns_are_dropped_and_a_base_model_continues_a_text(url, engine):
     assert first["nanochat"] == {"dropped": dropped} and first["choices"][0]["delta"]["role"] == "assistant"
     assert web.make_prompt(engine, "base", turns) == ([TOKENIZER.bos, *TOKENIZER.encode("the cat sat on")], 0)
     assert post(url, {"messages": turns, "model": "toy/base"}).json()["usage"]["prompt_tokens"] == 1 + len(TOKENIZER.encode("the cat sat on"))
+
+
+@pytest.mark.parametrize("context", range(40, 400, 23))
+def test_a_system_message_stays(context):
+    system = [{"role": "system", "content": "Answer like a cat."}]
+    turns = [{"role": role, "content": f"the cat sat {i} times" * (1 + i % 3)} for i in range(6) for role in ("user", "assistant")] + ASK
+    prompt, dropped = fit_prompt(TOKENIZER, system + turns, context, room=10)
+    assert prompt == render_prompt(TOKENIZER, system + turns[dropped:])
+    assert len(prompt) + 10 <= context or dropped == len(turns) - 1
+    if dropped:
+        assert len(render_prompt(TOKENIZER, system + turns[dropped - 2 :])) + 10 > context
 
 
 def test_a_reply_that_was_begun_goes_on(engine):
