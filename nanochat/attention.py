@@ -200,7 +200,7 @@ def attend(
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
 
-# %% ../nbs/20_attention.ipynb #1a49f130
+# %% ../nbs/20_attention.ipynb #1c64ecbd
 class KVCache:
     "Keys and values of the past, for all layers and for rows of different lengths."
 
@@ -217,7 +217,7 @@ class KVCache:
         self.data = torch.zeros(layers, 2, batch, kv_heads, length, head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # filled positions of each row
         self.longest, self.even = 0, True  # the largest of `lengths`; whether all are the same
-        self.store = self.data  # may have more rows than are used: room for some to join
+        self.store = self.data  # `data` and spare rows behind it
         self.joined: dict[int, Tensor] = {}  # layer -> weights of its queries, keys and values
 
     def rows(self, start: int, end: int) -> "KVCache":

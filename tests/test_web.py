@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 
 from nanochat import web
 from nanochat.attention import KVCache
-from nanochat.conversation import parse_reply, plain_text, render_prompt
+from nanochat.common import UserError
+from nanochat.conversation import fit_prompt, parse_reply, plain_text, render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
@@ -393,6 +395,17 @@ def test_old_turns_are_dropped_and_a_base_model_continues_a_text(url, engine):
     assert post(url, {"messages": turns, "model": "toy/base"}).json()["usage"]["prompt_tokens"] == 1 + len(TOKENIZER.encode("the cat sat on"))
 
 
+@pytest.mark.parametrize("context", range(40, 400, 23))
+def test_a_system_message_stays(context):
+    system = [{"role": "system", "content": "Answer like a cat."}]
+    turns = [{"role": role, "content": f"the cat sat {i} times" * (1 + i % 3)} for i in range(6) for role in ("user", "assistant")] + ASK
+    prompt, dropped = fit_prompt(TOKENIZER, system + turns, context, room=10)
+    assert prompt == render_prompt(TOKENIZER, system + turns[dropped:])
+    assert len(prompt) + 10 <= context or dropped == len(turns) - 1
+    if dropped:
+        assert len(render_prompt(TOKENIZER, system + turns[dropped - 2 :])) + 10 > context
+
+
 def test_a_reply_that_was_begun_goes_on(engine):
     begun = [*ASK, {"role": "assistant", "content": "the mat"}]
     prompt, _ = web.make_prompt(engine, "sft", begun)
@@ -562,7 +575,9 @@ def test_slow_clients_are_not_waited_for(monkeypatch):
         half.sendall(b"POST / HTTP/1.1\r\nHost: lo")
         body.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert again.recv(1000).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += again.recv(1000)
         again.sendall(b"GET /hea")
         reader = connect(url, receive_buffer=4096)
         content = json.dumps({"messages": ASK, "stream": True, "max_tokens": 4000, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
@@ -581,12 +596,17 @@ def test_slow_clients_are_not_waited_for(monkeypatch):
         assert post(url, {"model": "toy/base"}).status_code == 200
 
 
-def test_stopping_cuts_replies_cleanly():
+def test_stopping_cuts_replies_cleanly(capsys):
     scheduler = Scheduler()
-    with running(scheduler, sft=endless(0.005)) as url:
-        sock = start_stream(url)
+    with running(scheduler, sft=endless(0.005), base=endless(0)) as url:
+        sock, reader = start_stream(url), connect(url, receive_buffer=4096)
+        content = json.dumps({"messages": ASK, "model": "toy/base", "stream": True, "max_tokens": 4000, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
+        reader.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        wait_until(lambda: writing(url) == 9)
         start = time.monotonic()
-    assert time.monotonic() - start < 8 and not scheduler.thread.is_alive()
+    assert time.monotonic() - start < 15 and not scheduler.thread.is_alive()
+    assert capsys.readouterr().err == ""  # no traceback, although one never reads
+    reader.close()
     received = b"".join(iter(lambda: sock.recv(65536), b""))
     assert b'"finish_reason":"length"' in received and b"data: [DONE]" in received
 
@@ -631,8 +651,29 @@ def test_checkpoints_that_appear_while_the_server_runs(demo_run):
     card = shelf.find("demo/mid")
     engine = shelf.open(card)
     assert shelf.open(card) is engine and card.parameters == engine.model.num_params() and card.context == engine.model.config.context
-    (newest,) = (demo_run.path / "mid").glob("step_*")
-    newest.rename(newest.with_name("step_999999"))
-    assert shelf.open(shelf.find("demo/mid")) is not engine or shelf.find("demo/mid") == card
+    newest = max((demo_run.path / "mid").glob("step_*"))
+    os.utime(newest, (card.created + 60, card.created + 60))  # as if it had just been written
+    assert shelf.open(shelf.find("demo/mid")) is not engine and len(shelf.engines) == 1
+    for broken in ("{", "{}"):
+        (demo_run.path / "rl" / "step_000001").mkdir(parents=True, exist_ok=True)
+        (demo_run.path / "rl" / "step_000001" / "meta.json").write_text(broken)
+        assert shelf.find().id == "demo/sft"  # what can't be read isn't there
+    shutil.rmtree(demo_run.path / "rl")
     (demo_run.path / "sft").rename(demo_run.path / "gone")
     assert shelf.find().id == "demo/mid"
+    for source in ("gone", "mid", "base"):
+        shutil.rmtree(demo_run.path / source)
+    with pytest.raises(ApiError, match="no model that is trained"):
+        shelf.find()
+    with pytest.raises(UserError, match="nanochat run --run demo"):
+        web.serve(demo_run)
+
+
+def test_serve_says_who_may_call(demo_run, monkeypatch, capsys):
+    monkeypatch.setattr(web.Server, "run", lambda *_: None)
+    web.serve(demo_run, "127.0.0.1", 0)
+    assert "anyone" not in capsys.readouterr().out
+    web.serve(demo_run, "0.0.0.0", 0)
+    assert "anyone who reaches this port" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no host 'no such host'"):
+        web.serve(demo_run, "no such host", 0)
