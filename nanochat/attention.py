@@ -200,7 +200,7 @@ def attend(
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
 
-# %% ../nbs/20_attention.ipynb #ae803452
+# %% ../nbs/20_attention.ipynb #1c64ecbd
 class KVCache:
     "Keys and values of the past, for all layers and for rows of different lengths."
 
@@ -217,6 +217,7 @@ class KVCache:
         self.data = torch.zeros(layers, 2, batch, kv_heads, length, head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # filled positions of each row
         self.longest, self.even = 0, True  # the largest of `lengths`; whether all are the same
+        self.store = self.data  # `data` and spare rows behind it
         self.joined: dict[int, Tensor] = {}  # layer -> weights of its queries, keys and values
 
     def rows(self, start: int, end: int) -> "KVCache":
@@ -233,10 +234,33 @@ class KVCache:
 
     def keep(self, rows: list[int]) -> None:
         "Drop all rows but these."
-        index = torch.tensor(rows, device=self.data.device)
-        self.data, self.lengths = self.data.index_select(2, index), self.lengths[index]
-        lengths = self.lengths.tolist()
-        self.longest, self.even = max(lengths, default=0), len(set(lengths)) == 1
+        index = torch.tensor(rows, dtype=torch.int64, device=self.data.device)
+        self.store = self.data = self.data.index_select(2, index)
+        self._count(self.lengths[index])
+
+    def append(self, other: "KVCache") -> None:
+        "Take in the rows of another cache of this model, behind the own ones; `other` is left as it is."
+        rows, total = self.data.size(2), self.data.size(2) + other.data.size(2)
+        if self.store.size(2) < total:  # twice as many as needed, so that all moves together cost less than two of each row
+            layers, two, _, *rest = self.store.shape
+            self.store = self.store.new_zeros(layers, two, 2 * total, *rest)
+            self.store[:, :, :rows, :, : self.longest] = self.data[..., : self.longest, :]
+        self.data = self.store[:, :, :total]
+        self.data[:, :, rows:, :, : other.longest] = other.data[..., : other.longest, :]
+        self._count(torch.cat([self.lengths, other.lengths]))
+
+    def drop(self, row: int) -> None:
+        "One row leaves, and the last one takes its place: nothing else is moved."
+        last = self.data.size(2) - 1
+        if row < last:
+            self.data[:, :, row, :, : self.longest] = self.data[:, :, last, :, : self.longest]
+            self.lengths[row] = self.lengths[last]
+        self.data = self.store[:, :, :last]
+        self._count(self.lengths[:last])
+
+    def _count(self, lengths: Tensor) -> None:
+        self.lengths, lengths = lengths, lengths.tolist()
+        self.longest, self.even = max(lengths, default=0), len(set(lengths)) <= 1
 
     def advance(self, count: int) -> None:
         "All layers have written `count` positions."

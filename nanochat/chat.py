@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['HELP', 'EXAMPLES', 'ChatSession', 'reply', 'chat', 'show_exchanges']
 
-# %% ../nbs/60_chat.ipynb #f232ac28
+# %% ../nbs/60_chat.ipynb #af202d6f
 import codecs
 import sys
 from collections.abc import Iterator
 
 from .common import UserError
-from .conversation import parse_reply, render_prompt
+from .conversation import fit_prompt, parse_reply
 from .engine import Engine
 from .run import Run
 
-# %% ../nbs/60_chat.ipynb #3a9b3e2a
+# %% ../nbs/60_chat.ipynb #a6839959
 class ChatSession:
     "A conversation with a model."
 
@@ -35,14 +35,11 @@ class ChatSession:
         "Forget everything."
         self.messages, self.dropped = [], 0
 
-    def _fit(self) -> list[int]:
+    def fit(self) -> list[int]:
         "The prompt, without the oldest turns if they don't fit."
-        context = self.engine.model.config.context
-        while True:
-            prompt = render_prompt(self.engine.tokenizer, self.messages[self.dropped :])
-            if len(prompt) + min(64, context // 2) <= context or self.dropped >= len(self.messages) - 1:
-                return prompt
-            self.dropped += 2
+        prompt, more = fit_prompt(self.engine.tokenizer, self.messages[self.dropped :], self.engine.model.config.context)
+        self.dropped += more
+        return prompt
 
     def ask(
         self,
@@ -54,7 +51,7 @@ class ChatSession:
         special, decoder, hidden = tokenizer.special, codecs.getincrementaldecoder("utf-8")("replace"), False
         shown = {special["<|python_start|>"]: "[", special["<|output_start|>"]: " = ", special["<|output_end|>"]: "] "}
         try:
-            prompt = self._fit()
+            prompt = self.fit()
             settings = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
             for (token, *_), _ in self.engine.generate(prompt, **settings):
                 ids.append(token)

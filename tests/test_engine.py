@@ -126,11 +126,32 @@ def test_frequencies_are_the_probabilities(temperature, top_k):
     assert (((seen - n * p) ** 2)[p > 0] / (n * p[p > 0])).sum() < 30  # chi squared with at most 6 degrees of freedom: p < 0.0001
 
 
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, 0.5), (1.0, None, 0.9), (2.0, None, 0.8), (1.0, 3, 0.7), (1.0, None, 0.0), (0.5, 5, 0.999)])
+def test_top_p_keeps_the_smallest_set(temperature, top_k, top_p):
+    logits, n = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -3.0, 1.0]), 40_000
+    p = torch.zeros(7).double()
+    kept = logits.topk(top_k or 7).indices
+    p[kept] = torch.softmax(logits[kept].double() / temperature, dim=0)
+    total, order = 0.0, p.argsort(descending=True).tolist()
+    nucleus = []
+    while not nucleus or total < top_p:
+        nucleus.append(order.pop(0))
+        total += p[nucleus[-1]].item()
+    for i in order:
+        p[i] = 0
+    p /= p.sum()
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    seen = torch.bincount(sample_tokens(logits.expand(n, -1), uniforms, temperature, top_k, top_p), minlength=7)
+    assert set(seen.nonzero().flatten().tolist()) <= set(nucleus)
+    assert (((seen - n * p) ** 2)[p > 0] / (n * p[p > 0])).sum() < 30
+
+
 def test_the_ends_of_the_ladder():
     logits = torch.tensor([[0.0, 15.0, -15.0]] * 2)
     almost_one = 1 - 2.0**-24
     assert sample_tokens(logits, torch.tensor([0.0, almost_one]), 1e-3).tolist() == [1, 1]
     assert sample_tokens(torch.zeros(2, 65_536), torch.tensor([0.0, almost_one])).max() <= 65_535
+    assert sample_tokens(torch.zeros(1, 4), torch.tensor([almost_one]), top_p=0.5) == 1  # the last rung that has a height
     assert sample_tokens(logits, torch.rand(2), temperature=0).tolist() == [1, 1]
 
 
