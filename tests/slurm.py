@@ -172,7 +172,7 @@ class Cluster:
         "Wait until a job is in one of these states; a requeued job need not sit out its two minutes."
         def there():
             job = self.job(number)
-            if job.get("JobState") == "PENDING" and job.get("Reason") == "BeginTime" and "PENDING" not in states:
+            if job.get("JobState") == "PENDING" and "PENDING" not in states and job["StartTime"] > time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 5)):
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
             return job.get("JobState") in states
         self.wait_until(there, f"job {number} ({self.job(number).get('JobState')})", seconds)
@@ -191,5 +191,9 @@ class Cluster:
 
     def leftovers(self):
         "What is still there after the end: processes of jobs, and daemons, which work in the cluster's folder."
-        daemons = [int(place.name) for place in Path("/proc").glob("[0-9]*") if os.path.realpath(place / "cwd") == str(self.folder)]
+        daemons = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.readlink(place / "cwd") == str(self.folder):
+                    daemons.append(int(place.name))
         return sorted({*self.processes(), *daemons} - {os.getpid()})
