@@ -23,7 +23,7 @@ bench: .venv/ready
 	  $(BIN)/nanochat bench $$what $$peer; done
 
 lab: .venv/ready
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/nanochat lab
 
 export: .venv/ready
 	$(BIN)/python tests/in_step.py --write

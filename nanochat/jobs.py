@@ -8,7 +8,7 @@ __all__ = ['SITE_NAMES', 'CHAIN', 'HOURS', 'LIVE', 'MARGIN', 'Site', 'read_site'
            'list_needs', 'need_corpus', 'need_task', 'need_bundle', 'need_words', 'name_need', 'bytes_to_write',
            'check_disk', 'check_batch', 'check_site', 'check_machine', 'check_run', 'report_checks', 'ask_slurm',
            'note_job', 'read_jobs', 'job_states', 'submit_run', 'job_end', 'progress_of', 'count_vain', 'JobStop',
-           'run_job', 'describe_progress', 'describe_run']
+           'run_job', 'describe_progress', 'describe_run', 'tunnel_command', 'say_tunnel']
 
 # %% ../nbs/63_jobs.ipynb #2692c0cb
 import json
@@ -606,3 +606,24 @@ def describe_run(
     logs = sorted((run.path / "jobs").glob("*.log"), key=lambda path: path.stat().st_mtime)
     tail = [f"{logs[-1]}:", *("  " + line for line in logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])] if logs else []
     return "\n".join([f"run {run.name!r} in {run.path}", *queue, describe_progress(run), *tail])
+
+# %% ../nbs/63_jobs.ipynb #2db48454
+def tunnel_command(
+    port: int,  # that something listens on, on this node
+    site: Site | None = None,  # names the machine that ssh reaches
+) -> str | None:  # None outside of a Slurm job
+    "What to type on your own machine to reach a port of this compute node."
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    user, node = os.environ.get("USER", "USER"), os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    login = (site.get("SITE_LOGIN") if site else "") or os.environ.get("SLURM_SUBMIT_HOST") or "LOGIN_NODE"
+    return f"ssh -N -J {user}@{login} -L {port}:localhost:{port} {user}@{node}"
+
+
+def say_tunnel(
+    port: int,
+    site: Site | None = None,
+) -> None:
+    "In a Slurm job, print how to reach a port from your own machine."
+    if command := tunnel_command(port, site):
+        print(f"on your own machine: {command}\nand then open http://localhost:{port}", flush=True)

@@ -149,6 +149,12 @@ def test_by_hand_with_a_word_too_few(cluster, tmp_path):
     assert "SITE RUN STAGE" in (tmp_path / "log").read_text()
 
 
+def test_a_page_on_a_compute_node_says_how_to_reach_it(cluster, site):
+    site.write_text(site.read_text() + "SITE_LOGIN=login.example.org\n")
+    done = cluster.call("srun", "--nodes=1", NANOCHAT, "serve", "--site", site, "--port", "8765", USER="student")
+    assert "ssh -N -J student@login.example.org -L 8765:localhost:8765 student@n1" in done.stdout and "nothing has been trained yet" in done.stderr
+
+
 def test_no_third_try_without_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     run, job = Run("stuck"), name_job("base")
