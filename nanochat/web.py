@@ -8,10 +8,9 @@ __all__ = ['MAX_BODY', 'MAX_MESSAGE', 'IGNORED', 'NEUTRAL', 'REASONS', 'PATIENCE
            'describe_token', 'ApiError', 'Message', 'StreamOptions', 'ChatRequest', 'Card', 'measure_model',
            'read_card', 'Shelf', 'make_prompt', 'Answer', 'gather_reply', 'stream_reply', 'until_hangup', 'EventStream',
            'add_errors', 'add_models', 'add_chat', 'allowed_hosts', 'is_address', 'check_caller', 'content_policy',
-           'read_body', 'refuse', 'Guard', 'build_app', 'Connection', 'Server', 'open_socket', 'serve',
-           'serve_in_thread']
+           'read_body', 'Guard', 'build_app', 'Connection', 'Server', 'open_socket', 'serve', 'serve_in_thread']
 
-# %% ../nbs/61_web.ipynb #59561b52
+# %% ../nbs/61_web.ipynb #0bcc2705
 import asyncio
 import base64
 import codecs
@@ -26,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -361,7 +360,7 @@ def describe_token(
         return {"token": raw.decode("utf-8", errors="replace"), "bytes": list(raw), "logprob": logprob}
     return {**show(said.token, said.logprob), "top_logprobs": [show(*pair) for pair in said.top], "nanochat": {"sampled": said.sampled}}
 
-# %% ../nbs/61_web.ipynb #603f2e36
+# %% ../nbs/61_web.ipynb #d8a1fbb5
 class ApiError(Exception):
     "A refusal, in OpenAI's form."
 
@@ -377,9 +376,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         "The refusal as it is sent."
         kind = "rate_limit_error" if self.status == 429 else "server_error" if self.status >= 500 else "invalid_request_error"
-        message = self.message.encode("utf-8", errors="replace").decode()
         headers = {"Retry-After": "2"} if self.status in (429, 503) else None
-        return JSONResponse({"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}, self.status, headers)
+        return JSONResponse({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}, self.status, headers)
 
 MAX_BODY = 2**20  # bytes of a request
 MAX_MESSAGE = 50_000  # characters of a message
@@ -835,7 +833,7 @@ def content_policy(
     return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src 'self' data:; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-# %% ../nbs/61_web.ipynb #70ceaa4f
+# %% ../nbs/61_web.ipynb #7cfe1350
 async def read_body(
     headers: Headers,
     receive: Callable,
@@ -849,25 +847,6 @@ async def read_body(
         message = await receive()
         body += message.get("body", b"")
     return bytes(body)
-
-
-async def refuse(
-    error: ApiError,
-    receive: Callable,
-    send: Callable,
-) -> None:
-    "Answer at once, then let a client that is still sending finish: it would see a broken connection, and not the answer."
-    async def discard() -> None:
-        message, size = {"more_body": True}, 0
-        while message.get("more_body") and size < 32 * MAX_BODY:
-            message = await receive()
-            size += len(message.get("body", b""))
-    response = error.response()
-    await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(discard(), PATIENCE / 4)
-    await send({"type": "http.response.body"})
 
 
 class Guard:
@@ -894,7 +873,7 @@ class Guard:
         try:
             body = await self.inspect(scope, receive)
         except ApiError as error:
-            return await refuse(error, receive, send_guarded)
+            return await error.response()(scope, receive, send_guarded)
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> dict:
