@@ -8,9 +8,10 @@ __all__ = ['MAX_BODY', 'MAX_MESSAGE', 'IGNORED', 'NEUTRAL', 'REASONS', 'PATIENCE
            'describe_token', 'ApiError', 'Message', 'StreamOptions', 'ChatRequest', 'Card', 'measure_model',
            'read_card', 'Shelf', 'make_prompt', 'Answer', 'gather_reply', 'stream_reply', 'until_hangup', 'EventStream',
            'add_errors', 'add_models', 'add_chat', 'allowed_hosts', 'is_address', 'check_caller', 'content_policy',
-           'read_body', 'Guard', 'build_app', 'Connection', 'Server', 'open_socket', 'serve', 'serve_in_thread']
+           'read_body', 'refuse', 'Guard', 'build_app', 'Connection', 'Server', 'open_socket', 'serve',
+           'serve_in_thread']
 
-# %% ../nbs/61_web.ipynb #0bcc2705
+# %% ../nbs/61_web.ipynb #59561b52
 import asyncio
 import base64
 import codecs
@@ -25,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -833,7 +834,7 @@ def content_policy(
     return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src 'self' data:; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-# %% ../nbs/61_web.ipynb #7cfe1350
+# %% ../nbs/61_web.ipynb #70ceaa4f
 async def read_body(
     headers: Headers,
     receive: Callable,
@@ -847,6 +848,25 @@ async def read_body(
         message = await receive()
         body += message.get("body", b"")
     return bytes(body)
+
+
+async def refuse(
+    error: ApiError,
+    receive: Callable,
+    send: Callable,
+) -> None:
+    "Answer at once, then let a client that is still sending finish: it would see a broken connection, and not the answer."
+    async def discard() -> None:
+        message, size = {"more_body": True}, 0
+        while message.get("more_body") and size < 32 * MAX_BODY:
+            message = await receive()
+            size += len(message.get("body", b""))
+    response = error.response()
+    await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(discard(), PATIENCE / 4)
+    await send({"type": "http.response.body"})
 
 
 class Guard:
@@ -873,7 +893,7 @@ class Guard:
         try:
             body = await self.inspect(scope, receive)
         except ApiError as error:
-            return await error.response()(scope, receive, send_guarded)
+            return await refuse(error, receive, send_guarded)
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> dict:

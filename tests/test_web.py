@@ -450,9 +450,10 @@ def test_a_large_body_is_refused_before_it_is_read(url):
         error = error_of(httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers), 413)
         assert "1,048,576 bytes" in error["message"]
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    with connect(url) as sock:
-        sock.sendall(head % len(big) + big)  # all of it before looking for an answer
-        assert sock.recv(1000).startswith(b"HTTP/1.1 413")
+    for closing in (b"", b"Connection: close\r\n"):
+        with connect(url) as sock:
+            sock.sendall((head % len(big)).replace(b"\r\n\r\n", b"\r\n" + closing + b"\r\n") + big)  # all of it before looking for an answer
+            assert sock.recv(1000).startswith(b"HTTP/1.1 413")
     with connect(url) as sock:
         sock.sendall(head % 10**10)
         assert sock.recv(1000).startswith(b"HTTP/1.1 413")  # although nothing was sent
