@@ -361,7 +361,7 @@ def describe_token(
         return {"token": raw.decode("utf-8", errors="replace"), "bytes": list(raw), "logprob": logprob}
     return {**show(said.token, said.logprob), "top_logprobs": [show(*pair) for pair in said.top], "nanochat": {"sampled": said.sampled}}
 
-# %% ../nbs/61_web.ipynb #603f2e36
+# %% ../nbs/61_web.ipynb #d8a1fbb5
 class ApiError(Exception):
     "A refusal, in OpenAI's form."
 
@@ -377,9 +377,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         "The refusal as it is sent."
         kind = "rate_limit_error" if self.status == 429 else "server_error" if self.status >= 500 else "invalid_request_error"
-        message = self.message.encode("utf-8", errors="replace").decode()
         headers = {"Retry-After": "2"} if self.status in (429, 503) else None
-        return JSONResponse({"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}, self.status, headers)
+        return JSONResponse({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}, self.status, headers)
 
 MAX_BODY = 2**20  # bytes of a request
 MAX_MESSAGE = 50_000  # characters of a message

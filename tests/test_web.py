@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -449,8 +449,13 @@ def test_a_large_body_is_refused_before_it_is_read(url):
     for content in (big, (big[i : i + 100_000] for i in range(0, len(big), 100_000))):  # the second without content-length
         error = error_of(httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers), 413)
         assert "1,048,576 bytes" in error["message"]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    for closing in (b"", b"Connection: close\r\n"):
+        with connect(url) as sock:
+            sock.sendall((head % len(big)).replace(b"\r\n\r\n", b"\r\n" + closing + b"\r\n") + big)  # all of it before looking for an answer
+            assert sock.recv(1000).startswith(b"HTTP/1.1 413")
     with connect(url) as sock:
-        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10000000000\r\n\r\n")
+        sock.sendall(head % 10**10)
         assert sock.recv(1000).startswith(b"HTTP/1.1 413")  # although nothing was sent
 
 
@@ -594,6 +599,11 @@ def test_slow_clients_are_not_waited_for(monkeypatch):
         assert body.recv(100).startswith(b"HTTP/1.1 408")
         wait_until(lambda: writing(url) == 0)
         assert post(url, {"model": "toy/base"}).status_code == 200
+        received = b""
+        with suppress(ConnectionResetError):
+            while data := reader.recv(2**20):
+                received = received[-20:] + data
+        assert b"[DONE]" not in received  # who doesn't read is cut off
 
 
 def test_stopping_cuts_replies_cleanly(capsys):
