@@ -141,7 +141,8 @@ class Cluster:
     def break_node(self, name, number):
         "The machine of a job loses its power: slurmd and the job are gone at once, and Slurm finds out."
         self.daemons.pop(name).kill()
-        for pid in self.processes(f"SLURM_JOB_ID={number}"):
+        stewards = subprocess.run(["pgrep", "-f", rf"^slurmstepd: \[{number}\."], capture_output=True, text=True).stdout.split()
+        for pid in [*map(int, stewards), *self.processes(f"SLURM_JOB_ID={number}")]:  # who would report the end first
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
