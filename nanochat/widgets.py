@@ -37,7 +37,7 @@ from .run import SOURCES, Run, find_run, list_runs
 from .tokenizer import Tokenizer
 from .train import BPB, LOSS, draw_curves, in_notebook, load_model
 
-# %% ../nbs/62_widgets.ipynb #8bf561cc
+# %% ../nbs/62_widgets.ipynb #c32904e7
 @dataclass(frozen=True)
 class Still:
     "A panel that doesn't move: HTML for a page, text for a terminal."
@@ -59,7 +59,7 @@ class Panel(widgets.VBox):
         children: Sequence[widgets.Widget],
         still: Still,  # saved with the notebook, for readers without a kernel
     ):
-        super().__init__(children, layout={"width": "100%"})
+        super().__init__(children, layout={"width": "auto"})
         self.still, self.task = still, None
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def count_tokens(
     tokens, size = len(tokenizer.encode(text)), len(text.encode("utf-8", errors="replace"))
     return f"{tokens:,} tokens, {size:,} bytes" + (f", {size / tokens:.2f} bytes a token" if tokens else "")
 
-# %% ../nbs/62_widgets.ipynb #4e964975
+# %% ../nbs/62_widgets.ipynb #c3771688
 def explore_tokens(
     tokenizers: dict[str, Tokenizer],  # by name, to be compared
     text: str = "Once there was Greta, who had 27 kites.",  # to begin with
@@ -159,7 +159,7 @@ def explore_tokens(
                        for name, t in tokenizers.items())
 
     def build(still: Still) -> Panel:
-        entry = widgets.Textarea(text, description="Text", rows=3, layout={"width": "100%"})
+        entry = widgets.Textarea(text, description="Text", rows=3, layout={"width": "auto"})
         view = widgets.HTML(page(text))
         entry.observe(lambda change: view.set_trait("value", page(change.new)), "value")
         return Panel([entry, view], still)
@@ -191,7 +191,7 @@ def attention_weights(
             hook.remove()
     return torch.stack(found).cpu()
 
-# %% ../nbs/62_widgets.ipynb #19450cf2
+# %% ../nbs/62_widgets.ipynb #38ecebd6
 def attention_html(
     names: Sequence[str],  # T tokens
     weights: Tensor,  # (T, T) of one head
@@ -205,16 +205,16 @@ def attention_html(
     for i, name in enumerate(names):
         chosen = f"outline:2px solid {COLORS['orange']};" if i == row else ""
         cells = [f"<td title='{escape(name)} looks at {escape(names[j])}: {weights[i, j]:.1%}' style='width:15px;min-width:15px;height:15px;padding:0;border:0;"
-                 f"background:{blue[i][j]}'></td>" for j in range(i + 1)]
+                 f"background:{blue[i][j]};box-shadow:inset 0 0 0 1px {tint('grey', 0.12)}'></td>" for j in range(i + 1)]
         lines.append(f"<tr style='{chosen}background:none'><th style='{label};text-align:right'>{escape(name)}</th>{''.join(cells)}</tr>")
     text = "".join(f"<span title='{weights[row, j]:.1%}' style='font-family:monospace;white-space:pre;padding:2px 1px;border-radius:3px;background:{blue[row][j]};"
                    f"{'outline:2px solid ' + COLORS['orange'] if j == row else ''}'>{escape(names[j])}</span>" for j in range(row + 1))
     strongest = ", ".join(f"{escape(names[j])} {weights[row, j]:.0%}" for j in weights[row, : row + 1].argsort(descending=True)[:3].tolist())
-    return (f"<div style='overflow-x:auto'><table style='border-collapse:collapse;line-height:1'><tr style='background:none'><th></th>{top}</tr>{''.join(lines)}</table></div>"
+    return (f"<div style='overflow-x:auto;padding:2px'><table style='border-collapse:collapse;line-height:1'><tr style='background:none'><th></th>{top}</tr>{''.join(lines)}</table></div>"
             f"<p style='line-height:2;margin:8px 0 0'>{text}</p><p style='margin:4px 0'><code style='background:none;color:inherit'>{escape(names[row])}</code> "
             f"looks most at: <span style='font-family:monospace'>{strongest}</span></p>")
 
-# %% ../nbs/62_widgets.ipynb #12d3a7ff
+# %% ../nbs/62_widgets.ipynb #4f129bb4
 def browse_attention(
     model: GPT,
     tokenizer: Tokenizer,
@@ -234,7 +234,7 @@ def browse_attention(
         return attention_html(names, weights[layer, head], min(token, len(names) - 1))
 
     def build(still: Still) -> Panel:
-        c, wide = model.config, {"layout": {"width": "100%"}}
+        c, wide = model.config, {"layout": {"width": "auto"}}
         controls = {"text": widgets.Textarea(text, description="Text", rows=2, **wide),
                     "layer": widgets.IntSlider(layer, 0, c.depth - 1, description="Layer"), "head": widgets.IntSlider(head, 0, c.heads - 1, description="Head"),
                     "token": widgets.IntSlider(last, 0, last, description="Token")}
@@ -253,11 +253,11 @@ def browse_attention(
     title = f"layer {layer}, head {head}"
     return show(build, Still(f"<p>{title}</p>{page(text, layer, head, last)}", f"{title}: the last token looks at\n{row}"))
 
-# %% ../nbs/62_widgets.ipynb #e219caf0
+# %% ../nbs/62_widgets.ipynb #77496e22
 def next_token_distribution(
     logits: Tensor,  # (V,)
     temperature: float = 1.0,  # 0: all on the likeliest token
-    top_k: int | None = None,  # keep the k likeliest; None: all
+    top_k: int | None = None,  # keep the k likeliest; None or 0: all
     top_p: float = 1.0,  # keep the fewest tokens that have this probability together, 0 < p <= 1
 ) -> Tensor:  # (V,) probabilities, 0 for what is cut
     "What the next token is drawn from."
@@ -279,7 +279,7 @@ def entropy_bits(
     "How many bits it takes, on average, to say which token was drawn."
     return torch.special.entr(p).sum().item() / math.log(2)
 
-# %% ../nbs/62_widgets.ipynb #ad6dd6bd
+# %% ../nbs/62_widgets.ipynb #4e52b233
 def distribution_html(
     tokenizer: Tokenizer,
     logits: Tensor,  # (V,)
@@ -299,7 +299,7 @@ def distribution_html(
                      f"{escape(name_token(tokenizer, token))}</td><td style='width:100%;padding:1px 0;border:0'><div title='id {token}' style='height:13px;min-width:1px;width:{length:.2f}%;"
                      f"background:{color}'></div></td><td style='padding:1px 8px;text-align:right;border:0;font-variant-numeric:tabular-nums;white-space:nowrap'>"
                      f"{'cut' if cut else f'{p[token].item():.1%}'}</td></tr>")
-    return (f"<p style='margin:4px 0'>{describe_choice(logits, p)}</p>"
+    return (f"<p style='margin:4px 0;line-height:1.4'>{describe_choice(logits, p)}</p>"
             f"<table style='width:100%;max-width:640px;border-collapse:collapse;line-height:1.2'>{''.join(lines)}</table>")
 
 
@@ -350,8 +350,8 @@ class Writer:
         drawn = "".join(f"<span style='background:{tint('orange', 0.4)};border-radius:3px;outline:1px solid {tint('orange', 0.6)}'>{n}</span>" for n in names[start:])
         return f"<p style='white-space:pre-wrap;line-height:1.7;margin:4px 0'>{''.join(names[:start])}{drawn}</p>"
 
-# %% ../nbs/62_widgets.ipynb #386d1fff
-CUTS = {str(k): k for k in (1, 2, 3, 5, 10, 20, 50, 100)} | {"all": None}
+# %% ../nbs/62_widgets.ipynb #54a55189
+CUTS = {str(k): k for k in (1, 2, 3, 5, 10, 20, 50, 100)} | {"all": 0}  # what the slider says, and what it means
 
 
 def sample_next(
@@ -364,12 +364,12 @@ def sample_next(
     writer = Writer(model, tokenizer, text, seed)
 
     def build(still: Still) -> Panel:
-        entry = widgets.Text(text, description="Text", layout={"width": "100%"})
+        entry = widgets.Text(text, description="Text", layout={"width": "auto"})
         dials = {"temperature": widgets.FloatSlider(1.0, min=0, max=2, step=0.05, description="Temperature", readout_format=".2f", style={"description_width": "90px"}),
-                 "top_k": widgets.SelectionSlider(options=CUTS, value=None, description="Top-k", style={"description_width": "90px"}),
+                 "top_k": widgets.SelectionSlider(options=CUTS, value=0, description="Top-k", style={"description_width": "90px"}),
                  "top_p": widgets.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="Top-p", readout_format=".2f", style={"description_width": "90px"})}
         button, again = widgets.Button(description="Draw a token", button_style="primary"), widgets.Button(description="Start again")
-        written, bars = widgets.HTML(), widgets.HTML(layout={"width": "100%"})
+        written, bars = widgets.HTML(), widgets.HTML()
 
         def refresh(_: Any = None) -> None:
             written.value = writer.html()
@@ -418,7 +418,7 @@ def run_engines(
     "The models that a run has."
     return {source: partial(lambda source: Engine(*load_model(run, source)[:2]), source) for source in reversed(SOURCES) if run.has_model(source)}
 
-# %% ../nbs/62_widgets.ipynb #09e1753a
+# %% ../nbs/62_widgets.ipynb #df7d2a0b
 class ChatPanel(Panel):
     "A conversation, and the models to have it with."
 
@@ -431,14 +431,16 @@ class ChatPanel(Panel):
         self.source = widgets.Dropdown(options=list(engines), description="Model")
         self.heat = widgets.FloatSlider(0.7, min=0, max=1.5, step=0.1, description="Temperature", style={"description_width": "90px"})
         self.entry = widgets.Text(description="You", placeholder="Say something, and press Enter", layout={"flex": "1 1 300px"})
-        self.ask, self.halt, self.forget = (widgets.Button(description=text) for text in ("Send", "Stop", "Forget"))
+        self.ask, self.halt, self.forget = (widgets.Button(description=text, layout={"width": "80px"}) for text in ("Send", "Stop", "Forget"))
         self.ask.button_style, self.halt.disabled = "primary", True
-        self.log, self.session = widgets.VBox(layout={"max_height": "420px", "overflow": "auto"}), None
+        self.transcript, self.session = widgets.VBox(), None
         self.entry.on_msg(lambda _, content, buffers: self.send() if content.get("event") == "submit" else None)
         for button, act in ((self.ask, self.send), (self.halt, self.stop), (self.forget, self.reset)):
             button.on_click(act)
         rows = [[self.source, self.heat], [self.entry, self.ask, self.halt, self.forget]]
-        super().__init__([*(widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows), self.log], still)
+        window = widgets.VBox([self.transcript], layout={"flex_flow": "column-reverse", "max_height": "420px", "overflow": "auto"})  # stays at its end
+        models, entry = (widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows)
+        super().__init__([models, window, entry], still)
 
     def send(self, *_: Any) -> None:
         "Ask what stands in the entry, unless a reply is being written."
@@ -453,7 +455,7 @@ class ChatPanel(Panel):
 
     def reset(self, *_: Any) -> None:
         "Forget the conversation."
-        self.stopped, self.session, self.log.children = True, None, ()
+        self.stopped, self.session, self.transcript.children = True, None, ()
 
     def take_session(self) -> ChatSession:
         "The conversation so far, with the model and the temperature that are chosen now."
@@ -466,7 +468,7 @@ class ChatPanel(Panel):
     async def answer(self, text: str) -> None:
         "Write a reply, and step aside after each token."
         name, reply, written = self.source.value, widgets.HTML(), ""
-        self.log.children += (widgets.HTML(message_html("you", text)), reply)
+        self.transcript.children += (widgets.HTML(message_html("you", text)), reply)
         self.stopped, self.ask.disabled, self.halt.disabled = False, True, False
         try:
             session = self.take_session()
@@ -576,7 +578,7 @@ def describe_progress(
             f"{format_seconds((total - last['step']) * pace)} left")
     return line + (f"; last heard of {format_seconds(quiet)} ago" if quiet > max(30, 20 * pace) else "")
 
-# %% ../nbs/62_widgets.ipynb #5b4c1561
+# %% ../nbs/62_widgets.ipynb #133f069b
 class Watcher(Panel):
     "A run that is being trained elsewhere."
     current: "Watcher | None" = None  # the one that follows; a new one takes over
@@ -589,7 +591,7 @@ class Watcher(Panel):
         every: float,  # seconds
     ):
         self.reader, self.render, self.every = reader, render, every
-        self.view = widgets.HTML(render(), layout={"width": "100%"})
+        self.view = widgets.HTML(render())
         self.on = widgets.Checkbox(True, description="Follow", indent=False)
         super().__init__([self.on, self.view], still)
         self.on.observe(lambda change: self.follow() if change.new else self.task and self.task.cancel(), "value")
@@ -720,7 +722,7 @@ def compare_html(
         page += f"<p style='margin:10px 0 2px'><b>{title}</b></p>" + (table_html([title.split()[0].rstrip("s").lower(), *runs], rows) if rows else "<p>none</p>")
     return page
 
-# %% ../nbs/62_widgets.ipynb #00621c49
+# %% ../nbs/62_widgets.ipynb #0f7624fa
 def compare_runs(
     names: Sequence[str] | None = None,  # None: the newest four
 ) -> Panel | Still:
@@ -735,7 +737,7 @@ def compare_runs(
         controls = {"runs": widgets.SelectMultiple(options=known, value=chosen, description="Runs", rows=min(6, len(known) + 1)),
                     "stage": widgets.Dropdown(options=SOURCES, description="Stage"), "curve": widgets.Dropdown(options=list(CURVES), description="Curve"),
                     "against": widgets.Dropdown(options=("tokens", "seconds", "step"), description="Against")}
-        view = widgets.HTML(layout={"width": "100%"})
+        view = widgets.HTML()
 
         def refresh(_: Any = None) -> None:
             values = {key: control.value for key, control in controls.items()}
