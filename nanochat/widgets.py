@@ -418,7 +418,7 @@ def run_engines(
     "The models that a run has."
     return {source: partial(lambda source: Engine(*load_model(run, source)[:2]), source) for source in reversed(SOURCES) if run.has_model(source)}
 
-# %% ../nbs/62_widgets.ipynb #df7d2a0b
+# %% ../nbs/62_widgets.ipynb #e37dc976
 class ChatPanel(Panel):
     "A conversation, and the models to have it with."
 
@@ -467,7 +467,7 @@ class ChatPanel(Panel):
 
     async def answer(self, text: str) -> None:
         "Write a reply, and step aside after each token."
-        name, reply, written = self.source.value, widgets.HTML(), ""
+        name, reply, written, due = self.source.value, widgets.HTML(), "", 0.0
         self.transcript.children += (widgets.HTML(message_html("you", text)), reply)
         self.stopped, self.ask.disabled, self.halt.disabled = False, True, False
         try:
@@ -475,7 +475,8 @@ class ChatPanel(Panel):
             pieces = session.ask(text)
             for piece in pieces:
                 written += piece
-                reply.value = message_html(name, written)
+                if time.monotonic() >= due:  # nobody reads faster, and each showing is a message to the browser
+                    reply.value, due = message_html(name, written), time.monotonic() + 0.04
                 await asyncio.sleep(0)
                 if self.stopped:
                     break

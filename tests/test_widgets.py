@@ -2,6 +2,7 @@
 import asyncio
 import json
 import math
+import time
 from html.parser import HTMLParser
 
 import ipywidgets
@@ -314,13 +315,15 @@ def test_special_tokens_are_drawn_as_text(model):
 class Script:
     "An engine whose model says what it is told, and that remembers how it was asked."
 
-    def __init__(self, text, model):
-        self.tokenizer, self.model, self.asked = TOKENIZER, model, []
+    def __init__(self, text, model, seconds=0.0):
+        self.tokenizer, self.model, self.seconds, self.asked = TOKENIZER, model, seconds, []
         self.ids = TOKENIZER.encode(text) if isinstance(text, str) else text
 
     def generate(self, prompt, **settings):
         self.asked.append((TOKENIZER.decode(prompt), settings))
-        return (((token,), (True,)) for token in self.ids)
+        for token in self.ids:
+            time.sleep(self.seconds)
+            yield (token,), (True,)
 
 
 def chat(work, *engines):
@@ -369,7 +372,7 @@ def test_chat_streams_and_stops(model, live):
         reply = panel.session.messages[-1]["content"][0]["text"]
         assert "the cat sat on the mat".startswith(reply) and 0 < len(reply) < 22 and "[stopped]" in pages(panel)
         await say(panel, "on")
-    panel = chat(work, Script("the cat sat on the mat", model))
+    panel = chat(work, Script("the cat sat on the mat", model, seconds=0.05))
     assert [m["role"] for m in panel.session.messages] == ["user", "assistant"] * 2 and "[stopped]" not in panel.transcript.children[-1].value
 
 
