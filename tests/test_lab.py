@@ -146,16 +146,15 @@ def test_widgets_live(lab, browser):
     assert len(live) == 6
 
     cell = show(page, "explore_tokens({")  # a text that is typed
-    view = cell.locator(".widget-html").first
-    view.wait_for()
-    before = view.inner_text()
+    cell.get_by_text("39 bytes").first.wait_for()
     cell.get_by_label("Text").fill("<img src=x onerror=alert(1)> 27")
-    assert "31 bytes" in text_of(view, before) and page.locator("img[src=x]").count() == 0
+    cell.get_by_text("31 bytes").first.wait_for()
+    assert page.locator("img[src=x]").count() == 0
 
     cell = show(page, "browse_attention(model")  # a slider that is moved
     view, slider = cell.locator(".widget-html").last, cell.get_by_role("slider").last
+    view.locator("td").first.wait_for()
     before = view.inner_html()
-    assert before.count("<td") > 100
     slider.press("ArrowLeft")
     page.wait_for_function("([element, old]) => element.innerHTML !== old", arg=[view.element_handle(), before])
 
@@ -167,7 +166,7 @@ def test_widgets_live(lab, browser):
     assert before.count("cut") == 0 and text_of(bars, before).count("cut") == 19
     before = text.inner_text()
     cell.get_by_role("button", name="Draw a token").click()
-    assert text_of(text, before).startswith(before.strip())
+    assert before.strip() and text_of(text, before).startswith(before.strip())
 
     cell = show(page, "chat_panel(run_engines(trained")  # a reply that arrives while the kernel goes on listening
     cell.get_by_label("You").fill("Hello!")
@@ -188,8 +187,7 @@ def test_widgets_live(lab, browser):
 
     cell = show(page, 'compare_runs(["narrow"')
     view = cell.locator(".widget-html").last
-    before = view.inner_text()
     cell.get_by_label("Against", exact=True).select_option("seconds")
     view.locator("svg[aria-label*='against seconds']").wait_for()
-    assert "base.width" in before and "128" in before
+    assert "base.width" in view.inner_text()
     page.close()
