@@ -24,6 +24,7 @@ from nanochat.widgets import (
     MetricsReader,
     Panel,
     Still,
+    attention_html,
     attention_weights,
     browse_attention,
     chat_panel,
@@ -162,6 +163,16 @@ def test_no_text_becomes_markup(text):
         assert name_token(TOKENIZER, token).isprintable()
 
 
+def test_no_token_becomes_markup(model):
+    tags = Tokenizer([*TOKENIZER.tokens, b"<i", b"<im", b"<img"])
+    assert b"<img" in [tags.decode_bytes([i]) for i in tags.encode(HOSTILE)]
+    assert_harmless(tokens_html(tags, HOSTILE))
+    likely = torch.arange(tags.vocab_size, dtype=torch.float32)
+    assert "<img" in assert_harmless(distribution_html(tags, likely))
+    names = [name_token(tags, i) for i in tags.encode(HOSTILE)]
+    assert_harmless(attention_html(names, torch.full((len(names), len(names)), 0.1), 3))
+
+
 def test_tokens_are_named():
     ids = TOKENIZER.encode("caf\u00e9 \n")
     assert [name_token(TOKENIZER, i) for i in ids[-4:]] == ["c3", "a9", "\u00b7", "\u21b5"]
@@ -244,7 +255,7 @@ def test_attention_follows_its_controls(model, live):
 # what comes next
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=40), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.sampled_from([None, 0, 1, 3, 100]), st.floats(0.05, 1))
+@given(st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=2, max_size=40), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.sampled_from([None, 0, 1, 3, 100]), st.floats(0.05, 1))
 def test_distribution(values, temperature, top_k, top_p):
     logits = torch.tensor(values)
     p = next_token_distribution(logits, temperature, top_k, top_p)
@@ -371,6 +382,7 @@ def test_chat_streams_and_stops(model, live):
         await panel.task
         reply = panel.session.messages[-1]["content"][0]["text"]
         assert "the cat sat on the mat".startswith(reply) and 0 < len(reply) < 22 and "[stopped]" in pages(panel)
+        assert Page(panel.transcript.children[1].value).text == f"model 0{reply} [stopped]"
         await say(panel, "on")
     panel = chat(work, Script("the cat sat on the mat", model, seconds=0.05))
     assert [m["role"] for m in panel.session.messages] == ["user", "assistant"] * 2 and "[stopped]" not in panel.transcript.children[-1].value
@@ -442,6 +454,12 @@ def test_a_run_that_resumes_is_read_again(home):
     assert reader.read()
     run.rewind("base", 10)
     assert reader.read() and reader.records == run.records() and len(select_steps(reader.records)) == 10
+    run.log("base", "step", step=11, name="before")
+    assert reader.read()
+    run.rewind("base", 10)
+    for step in range(11, 40):  # at the next look the file is longer than it was
+        run.log("base", "step", step=step, name="resumed")
+    assert reader.read() and reader.records == run.records()
     assert not MetricsReader(Run("absent")).read()
 
 
