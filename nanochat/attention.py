@@ -303,7 +303,7 @@ def project(
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
-# %% ../nbs/20_attention.ipynb #452b73a1
+# %% ../nbs/20_attention.ipynb #2c160239
 class Attention(nn.Module):
     "Causal grouped-query attention with rotary positions and normalised queries and keys."
 
@@ -332,6 +332,18 @@ class Attention(nn.Module):
             cache.joined[self.layer] = self.join_weights(None)
         return cache.joined[self.layer]
 
+    def project_heads(
+        self,
+        x: Tensor,  # (B, T, C)
+        rotary: tuple[Tensor, Tensor],  # cosines and sines of these positions
+        cache: KVCache | None = None,  # only its joined weights are used
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
+        "Queries, keys and values of these positions: projected, and the first two placed and normalised."
+        qkv = project(x, self.join_weights(cache)).view(*x.shape[:2], -1, self.head_dim)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = place_and_normalize(qk, *rotary).split([self.heads, self.kv_heads], dim=1)
+        return q, k, v.transpose(1, 2)
+
     def forward(
         self,
         x: Tensor,  # (B, T, C)
@@ -339,12 +351,8 @@ class Attention(nn.Module):
         cache: KVCache | None = None,  # keys and values of the past
         mask: Tensor | None = None,  # from `cache.mask`, when there is a cache
     ) -> Tensor:  # (B, T, C)
-        B, T, C = x.shape
-        qkv = project(x, self.join_weights(cache)).view(B, T, -1, self.head_dim)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q, k = place_and_normalize(qk, *rotary).split([self.heads, self.kv_heads], dim=1)
-        v = v.transpose(1, 2)  # all (B, heads, positions, D) now
+        q, k, v = self.project_heads(x, rotary, cache)
         if cache is not None:
             k, v = (t.to(q.dtype) for t in cache.write(self.layer, k, v))
         y = attend(q, k, v, mask)
-        return project(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)
+        return project(y.transpose(1, 2).reshape(x.shape), self.c_proj.weight)
