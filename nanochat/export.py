@@ -9,7 +9,7 @@ __all__ = ['HF_NAMES', 'OWN_NAMES', 'SHARD_BYTES', 'CHAT_TEMPLATE', 'DTYPES', 'H
            'describe_files', 'tensor_shapes', 'check_weights', 'read_json', 'read_weights', 'make_sizes', 'read_config',
            'find_pattern', 'check_special', 'read_tokenizer', 'Found', 'read_hf', 'read_encoding',
            'read_public_tokenizer', 'read_pt', 'read_public', 'import_model', 'check_place', 'HarnessModel',
-           'write_texts', 'harness_model']
+           'write_texts', 'harness_model', 'run_harness']
 
 # %% ../nbs/64_export.ipynb #4dc4f2fe
 import json
@@ -169,7 +169,7 @@ CHAT_TEMPLATE = """
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
 """.strip().replace("SPECIAL_TOKENS", str(list(SPECIAL_TOKENS)))
 
-# %% ../nbs/64_export.ipynb #3780f576
+# %% ../nbs/64_export.ipynb #efbd0645
 def write_usage(
     source: str,  # "base", "mid", "sft" or "rl"
 ) -> str:  # Python
@@ -196,7 +196,7 @@ def write_card(
     setup, scores, core = describe_setup(records), describe_scores(records), describe_core(records)
     corpus = newest(records, "base", "config").get("settings", {}).get("corpus")
     parts = [f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {license}\ntags: [nanochat]\n---\n",
-             f"# {run.name}\n", summarize(records),
+             f"# {run.name}\n", summarize(records) if newest(records, "base", "config") or newest(records, None, "import") else "",
              f"This is its {source} model after {step} steps: a decoder-only transformer of depth {config.depth} and width {config.width}, with "
              f"{config.vocab_size:,} tokens and a context of {config.context}.\n", "## Use\n", f"```python\n{write_usage(source)}```\n"]
     if source == "base":
@@ -207,8 +207,8 @@ def write_card(
     parts += ["## Scores\n", scores + ("\n" + core if core else "")] if scores or core else []
     parts += ["## Training\n", setup] if setup else []
     parts += ["## Limits\n", "A small model. It states false things fluently, and it has no safety training: don't rely on what it says.\n",
-              "## Licence\n", f"The weights: {license}." + (f" They were learnt from the corpus {corpus}, which has terms of its own." if corpus else "") + "\n"]
-    return "\n".join(parts)
+              "## Licence\n", f"The weights: {license}." + ("" if corpus in (None, "tinyworld") else f" They were learnt from {corpus}, which has terms of its own.") + "\n"]
+    return "\n".join(filter(None, parts))
 
 # %% ../nbs/64_export.ipynb #e61f1742
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -554,7 +554,7 @@ def read_public(
     remarks = ["the public program rounds its rotary tables to bfloat16 and this one doesn't, so logits may differ by about 1e-2"]
     return Found(config, read_pt(path), tokenizer, max(steps), {}, remarks)
 
-# %% ../nbs/64_export.ipynb #9a045527
+# %% ../nbs/64_export.ipynb #ae6e66d5
 def import_model(
     run: Run,  # new, or one with the same tokenizer and without this stage
     directory: Path | str,  # the format of Hugging Face, or the public nanochat's
@@ -573,8 +573,9 @@ def import_model(
     found.tokenizer.save(run.path / "tokenizer")
     meta = {"stage": source, "model": asdict(found.config), "tokenizer_hash": found.tokenizer.hash, "imported": True}
     save_checkpoint(run.path / source, found.step, found.tensors, {}, meta)
-    record = {"origin": folder.resolve().name, "model": asdict(found.config), "params": sum(tensor.numel() for tensor in found.tensors.values()),
-              "step": found.step, "license": found.note.get("license"), "remarks": found.remarks}
+    params, c = sum(tensor.numel() for tensor in found.tensors.values()), found.config
+    record = {"origin": folder.resolve().name, "model": asdict(c), "params": params, "step": found.step, "license": found.note.get("license"),
+              "flops_per_token": 6 * (params - c.vocab_size * c.width) + 12 * c.depth * c.width * c.context, "remarks": found.remarks}
     run.log("tokenizer", "summary", vocab_size=found.tokenizer.vocab_size, hash=found.tokenizer.hash)
     run.log(source, "import", **record)
     run.log(source, "summary", imported=True)
@@ -593,7 +594,7 @@ def check_place(
     if taken:
         raise UserError(f"run {run.name!r} has a {source} model or another tokenizer already: nanochat import DIRECTORY --run ANOTHER-NAME")
 
-# %% ../nbs/64_export.ipynb #116bfa4a
+# %% ../nbs/64_export.ipynb #1c9153d5
 class HarnessModel:
     "What `lm_eval` asks of a model, answered by ours."
 
@@ -637,12 +638,12 @@ class HarnessModel:
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         "Log-probability of each text in nats; a long one is read in windows, each token once."
-        from lm_eval.utils import get_rolling_token_windows
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        tokenizer, context, groups = self.engine.tokenizer, self.engine.model.config.context, []
+        tokenizer, longest, groups = self.engine.tokenizer, self.engine.model.config.context - 1, []
         for request in requests:
-            windows = get_rolling_token_windows(tokenizer.encode(request.args[0]), tokenizer.bos, context - 1, 1)
-            groups.append([Text([*before, *new][-context:], context - len(new) if len(before) + len(new) > context else len(before)) for before, new in windows])
+            windows = map(make_disjoint_window, get_rolling_token_windows(tokenizer.encode(request.args[0]), tokenizer.bos, longest, 1))
+            groups.append([Text([*before, *new], len(before)) for before, new in windows])
         return [sum(score.logprob for score in group) for group in score_texts(self.engine.model, groups, self.batch)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -681,3 +682,22 @@ def harness_model(
     except ImportError as error:
         raise UserError("lm_eval is not installed: pip install lm_eval") from error
     return type("NanochatLM", (HarnessModel, LM), {})(engine, batch)
+
+# %% ../nbs/64_export.ipynb #22982c1d
+def run_harness(
+    engine: Engine,
+    tasks: Sequence[str],  # names that the harness knows
+    limit: int | None = None,  # items of each task; None: all
+    folder: Path | str | None = None,  # with task files (YAML) of one's own
+    chat: bool = False,  # whether a question is put as a user's message
+) -> dict[str, Any]:  # as `lm_eval.simple_evaluate` gives it
+    "Ask tasks of `lm_eval`. Raises `UserError` for a task that it doesn't know."
+    model = harness_model(engine)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(f"lm_eval has no task {task!r}: --tasks arc_easy, or --include-path FOLDER with a YAML file that describes it")
+    return simple_evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit, apply_chat_template=chat, bootstrap_iters=1000)
