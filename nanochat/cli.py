@@ -169,7 +169,7 @@ def fetch(
         size = sum(path.stat().st_size for path in opened.paths)
         print(f"{what}: {len(opened.shards('train'))} training shards and one for validation, {format_bytes(size)}, in {opened.paths[0].parent}")
 
-# %% ../nbs/65_cli.ipynb #887f7479
+# %% ../nbs/65_cli.ipynb #ba892c62
 @app.command()
 def info(
     name: RunName = None,
@@ -180,7 +180,7 @@ def info(
         steps = this.records(kind="step")
         last = f"{steps[-1]['stage']} step {steps[-1]['step']}, loss {steps[-1]['loss']:.3f}" if steps else "no step yet"
         come = [f"imported from {r['origin']}" for r in this.records(kind="import")[-1:]]
-        print("; ".join([f"{this.name:20s} {'done: ' + ', '.join(done) if done else 'nothing done'}", *(come or [f"last: {last}"]), str(this.path)]))
+        print("; ".join([f"{this.name:20s} {'done: ' + ', '.join(done) if done else 'nothing done'}", *come, *([f"last: {last}"] if steps or not come else []), str(this.path)]))
     if not list_runs():
         print(f"no runs below {base_dir()}: nanochat run --preset tiny")
 

@@ -134,7 +134,7 @@ def describe_tokenizer(
             "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]}, "post_processor": None,
             "decoder": to_letters, "model": bpe}
 
-# %% ../nbs/64_export.ipynb #45bcaaed
+# %% ../nbs/64_export.ipynb #5e537971
 CHAT_TEMPLATE = """
 {%- set marks = {'text': ('', ''), 'python': ('<|python_start|>', '<|python_end|>'), 'python_output': ('<|output_start|>', '<|output_end|>')} -%}
 {%- macro plain(text) -%}
@@ -158,12 +158,17 @@ CHAT_TEMPLATE = """
     {{- '<|user_start|>' ~ (lead if loop.first else '') ~ plain(message.content) ~ '<|user_end|>' -}}
   {%- else -%}
     {{- '<|assistant_start|>' -}}
+    {%- set learnt = namespace(words='') -%}
     {%- for part in ([{'type': 'text', 'text': message.content}] if message.content is string else message.content) -%}
       {%- if part.type not in marks -%}{{ raise_exception('a part must be of type text, python or python_output') }}{%- endif -%}
       {%- set words = marks[part.type][0] ~ plain(part.text) ~ marks[part.type][1] -%}
-      {%- if part.type == 'python_output' -%}{{- words -}}{%- else -%}{% generation %}{{- words -}}{% endgeneration %}{%- endif -%}
+      {%- if part.type == 'python_output' -%}
+        {%- generation -%}{{- learnt.words -}}{%- endgeneration -%}
+        {%- set learnt.words = '' -%}
+        {{- words -}}
+      {%- else -%}{%- set learnt.words = learnt.words ~ words -%}{%- endif -%}
     {%- endfor -%}
-    {%- generation -%}{{- '<|assistant_end|>' -}}{%- endgeneration -%}
+    {%- generation -%}{{- learnt.words ~ '<|assistant_end|>' -}}{%- endgeneration -%}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
