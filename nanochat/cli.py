@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'RunName', 'Source', 'Site', 'run', 'chat', 'serve', 'lab', 'evaluate', 'report', 'fetch', 'info', 'doctor',
-           'submit', 'job', 'status', 'bench', 'main']
+           'submit', 'job', 'status', 'bench', 'export', 'import_', 'lm_eval', 'main']
 
 # %% ../nbs/65_cli.ipynb #3cd25ba5
 import os
@@ -187,7 +187,7 @@ def fetch(
         need.fetch()
         print(f"{need.name}: {need.load()}", flush=True)
 
-# %% ../nbs/65_cli.ipynb #33a40e7a
+# %% ../nbs/65_cli.ipynb #7e153d2b
 @app.command()
 def info(
     name: RunName = None,
@@ -197,7 +197,8 @@ def info(
         done = [stage for stage in ("tokenizer", *SOURCES, "eval", "report") if this.stage_done(stage)]
         steps = this.records(kind="step")
         last = f"{steps[-1]['stage']} step {steps[-1]['step']}, loss {steps[-1]['loss']:.3f}" if steps else "no step yet"
-        print(f"{this.name:20s} {'done: ' + ', '.join(done) if done else 'nothing done'}; last: {last}; {this.path}")
+        come = [f"imported from {r['origin']}" for r in this.records(kind="import")[-1:]]
+        print("; ".join([f"{this.name:20s} {'done: ' + ', '.join(done) if done else 'nothing done'}", *come, *([f"last: {last}"] if steps or not come else []), str(this.path)]))
     if not list_runs():
         print(f"no runs below {base_dir()}: nanochat run --preset tiny")
 
@@ -298,6 +299,61 @@ def bench(
         raise UserError(f"the benchmarks are not in {clone}: install nanochat from its clone, with make setup")
     path = os.pathsep.join(filter(None, [str(clone), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, [sys.executable, "-m", "bench", *context.args], {**os.environ, "PYTHONPATH": path})
+
+# %% ../nbs/65_cli.ipynb #f75f1160
+@app.command("export")
+def export(
+    form: Annotated[str, typer.Argument(help="hf: the format of Hugging Face.")],
+    directory: Annotated[str, typer.Argument(help="A new directory.")],
+    name: RunName = None,
+    source: Source = None,
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as the weights were saved.")] = None,  # noqa: UP045
+    license: Annotated[Optional[str], typer.Option(help="Of the weights, for the model card; default: mit, or an imported model's own.")] = None,  # noqa: UP045
+) -> None:
+    "Write a model for other programs. Example: nanochat export hf my-model --run tiny --source sft"
+    if form != "hf":
+        raise UserError(f"format {form!r} is unknown; there is hf: nanochat export hf {directory}")
+    from nanochat.export import export_hf
+
+    path = export_hf(find_run(name), directory, _source(source), dtype, license)
+    print(f"{path}: {format_bytes(sum(file.stat().st_size for file in path.iterdir()))}; README.md there says how to use it")
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[str, typer.Argument(help="In the format of Hugging Face, or the public nanochat's.")],
+    name: Annotated[str, typer.Option("--run", help="A new run's name.")],
+    source: Annotated[Optional[str], typer.Option(help="Which stage it is: base, mid, sft or rl; default: as the directory says, or sft.")] = None,  # noqa: UP045
+) -> None:
+    "Take in a model that was trained elsewhere. Example: nanochat import my-model --run mine"
+    from nanochat.export import import_model
+    from nanochat.run import Run
+
+    record = import_model(Run(name), directory, _source(source))
+    for remark in record["remarks"]:
+        print(f"note: {remark}")
+    print(f"run {name!r} has a {record['source']} model of {record['params']:,} parameters; talk to it with: nanochat chat --run {name}")
+
+
+@app.command("lm-eval")
+def lm_eval(
+    tasks: Annotated[str, typer.Option(help="Names of lm_eval's tasks, with commas.")],
+    name: RunName = None,
+    source: Source = None,
+    limit: Annotated[Optional[int], typer.Option(help="Items of each task; default: all.")] = None,  # noqa: UP045
+    include_path: Annotated[Optional[str], typer.Option(help="A folder with task files of your own.")] = None,  # noqa: UP045
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Put each question as a user's message.")] = False,
+) -> None:
+    "Ask tasks of the evaluation harness. Example: nanochat lm-eval --tasks arc_easy,lambada_openai --limit 200"
+    from nanochat.engine import Engine
+    from nanochat.export import run_harness
+    from nanochat.train import load_model
+
+    model, tokenizer, _ = load_model(find_run(name), _source(source))
+    results = run_harness(Engine(model, tokenizer), _split(tasks) or [], limit, include_path, apply_chat_template)
+    from lm_eval.utils import make_table
+
+    print(make_table(results))
 
 # %% ../nbs/65_cli.ipynb #514dcd0a
 def main() -> None:

@@ -53,7 +53,7 @@ def table(
         cells = [[cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths)] for line in cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in cells) if lines else ""
 
-# %% ../nbs/57_report.ipynb #470faecb
+# %% ../nbs/57_report.ipynb #626a5937
 def describe_setup(
     records: Sequence[dict],
 ) -> str:  # Markdown; "" if nothing is known yet
@@ -65,8 +65,9 @@ def describe_setup(
         floor = f", entropy {data['floor']:.4f} bits per byte" if data.get("floor") else ""
         rows.append(["text", f"{data['corpus']}, {data['shards']} training shards{floor}"])
     if tokenizer := newest(records, "tokenizer", "summary"):
-        rows.append(["tokenizer", f"{tokenizer['vocab_size']:,} tokens, {tokenizer['bytes_per_token']:.2f} bytes each on unseen text"])
-    if config := newest(records, "base", "config"):
+        length = f", {tokenizer['bytes_per_token']:.2f} bytes each on unseen text" if "bytes_per_token" in tokenizer else ""
+        rows.append(["tokenizer", f"{tokenizer['vocab_size']:,} tokens{length}"])
+    if config := newest(records, "base", "config") or newest(records, None, "import"):
         m = config["model"]
         rows.append(["model", f"{format_count(config['params'])} parameters: depth {m['depth']}, width {m['width']}, {m['heads']} heads, "
                               f"context {m['context']}; {format_count(config['flops_per_token'])} FLOP a token"])
@@ -361,12 +362,14 @@ def describe_samples(
                 parts.append(f"**{stage}**, step {r['step']}, after *{prompt}*\n\n{quote(r['text'])}")
     return "\n".join(parts)
 
-# %% ../nbs/57_report.ipynb #75cee815
+# %% ../nbs/57_report.ipynb #fca56d4f
 def describe_missing(
     name: str,  # of the run
     records: Sequence[dict],
 ) -> str:  # Markdown; "" if every stage is done
     "Which stages are unfinished or have not begun, and the command that goes on."
+    if newest(records, None, "import"):
+        return ""  # its earlier stages were done elsewhere
     parts = []
     for stage in ("tokenizer", "base", "mid", "sft", *(["rl"] if newest(records, "rl", "config") else []), "eval"):
         config, step = newest(records, stage, "config"), newest(records, stage, "step").get("step", 0)
@@ -386,12 +389,14 @@ def resume_command(
     other = f" --corpus {corpus}" if corpus != PRESETS[preset]["data"]["corpus"] else ""
     return f"nanochat run --preset {preset} --run {name}{other}"
 
-# %% ../nbs/57_report.ipynb #92ac30e9
+# %% ../nbs/57_report.ipynb #25f67a42
 def summarize(
     records: Sequence[dict],
 ) -> str:  # a few sentences
     "The run in a few sentences."
-    base, config = newest(records, "base", "eval"), newest(records, "base", "config")
+    base, config, imported = newest(records, "base", "eval"), newest(records, "base", "config"), newest(records, None, "import")
+    if imported and not config:
+        return f"A model of {format_count(imported['params'])} parameters, trained elsewhere and imported from {imported['origin']}.\n"
     if not config:
         return "No model has been trained yet.\n"
     machine = newest(records, "base", "environment")

@@ -55,6 +55,9 @@ def test_nothing_dangerous(module):
             name = ast.unparse(node.func)
             if (module, name) == ("sandbox", "exec"):  # its purpose: it runs programs, in a process that is closed in first
                 continue
+            if (module, name) == ("export", "torch.load"):  # for the public program's checkpoints, by PyTorch's reader that knows tensors only
+                assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+                continue
             assert name not in ("eval", "exec", "os.system", "torch.load"), f"{name} in {module}"
             assert not any(k.arg == "shell" and getattr(k.value, "value", False) for k in node.keywords), f"shell=True in {module}"
             assert not any(k.arg == "allow_pickle" and getattr(k.value, "value", True) for k in node.keywords)
