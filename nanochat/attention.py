@@ -65,7 +65,7 @@ def rms_norm(
     "Root-mean-square normalisation without parameters."
     return RMSNorm.apply(x) if use_own_gradient(x) else F.rms_norm(x, (x.size(-1),), eps=EPS)
 
-# %% ../nbs/20_attention.ipynb #801eebad
+# %% ../nbs/20_attention.ipynb #bb8974e1
 def rotary_tables(
     length: int,  # positions
     head_dim: int,  # D, even
@@ -73,7 +73,7 @@ def rotary_tables(
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosines and sines (length, 1, D/2), float32
     "Cosine and sine of every position's angles."
-    speeds = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    speeds = 1 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)  # rounded as in other implementations
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), speeds)[:, None]
     return angles.cos(), angles.sin()
 
@@ -87,7 +87,7 @@ def apply_rotary(
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
-# %% ../nbs/20_attention.ipynb #12b825a5
+# %% ../nbs/20_attention.ipynb #53d82f9a
 def rotate_into(
     out: Tensor,  # (B, T, heads, D) overwritten
     x: Tensor,  # (B, T, heads, D)
@@ -137,8 +137,6 @@ def place_and_normalize(
     "Rotary positions, then normalisation of each head."
     if use_own_gradient(x):
         return RotaryNorm.apply(x, cos, sin)
-    if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        return rotate_and_normalize(x, cos, sin)[0].transpose(1, 2)
     return rms_norm(apply_rotary(x, cos, sin)).transpose(1, 2)
 
 # %% ../nbs/20_attention.ipynb #14febf45
