@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunName', 'Source', 'Site', 'run', 'chat', 'serve', 'lab', 'evaluate', 'report', 'fetch', 'info', 'doctor',
            'submit', 'job', 'status', 'bench', 'export', 'import_', 'lm_eval', 'main']
 
-# %% ../nbs/65_cli.ipynb #3cd25ba5
+# %% ../nbs/65_cli.ipynb #d3e47013
 import os
 import sys
 from typing import Annotated, Any, Optional
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from . import __version__
-from .common import UserError, base_dir, format_seconds
+from .common import UserError, base_dir, format_bytes, format_seconds
 from .run import PRESETS, SOURCES, find_run, list_runs, read_settings
 
 # %% ../nbs/65_cli.ipynb #2a063401
