@@ -174,9 +174,14 @@ class Cluster:
         def there():
             job = self.job(number)
             if job.get("JobState") == "PENDING" and "PENDING" not in states and job["StartTime"] > time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 5)):
+                time.sleep(2)  # a job that starts in the second in which it was stopped is taken for the one that was stopped
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
             return job.get("JobState") in states
-        self.wait_until(there, f"job {number} ({self.job(number).get('JobState')})", seconds)
+        try:
+            self.wait_until(there, f"job {number}", seconds)
+        except TimeoutError as error:
+            job = self.job(number)
+            raise TimeoutError(f"{error}; it is {job.get('JobState')}, {job.get('Reason')}, from {job.get('StartTime')}, wanted {states}") from None
         return self.job(number)
 
     def processes(self, variable="SLURM_CONF="):
