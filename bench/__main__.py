@@ -37,6 +37,7 @@ def parse_arguments(
         if name == "quality":
             sub.add_argument("--shards", type=int, default=8, help="training shards of the corpus")
             sub.add_argument("--minutes", default="1,2,5", help="budgets of training, with commas")
+            sub.add_argument("--seed", type=int, default=1337, help="of the weights that training starts from")
             sub.add_argument("--vocab-size", type=int, default=0, help="tokens; 0: the configuration's")
         if name == "tokenizer":
             sub.add_argument("--vocab-size", type=int, default=8192, help="tokens, the 9 special ones included")

@@ -166,16 +166,31 @@ def prepare_rows(
     return folder / "tensors"
 
 
+RECIPE = ("embedding_lr", "head_lr", "matrix_lr", "lr_scale", "warmup", "cooldown", "clip", "echo_tokens", "echo_part", "echo_length")
+
+
+def read_recipe(
+    config: str,  # a name that may be a preset's too
+) -> dict:  # settings of pretraining that decide how much is learned of the same rows
+    "What a preset's pretraining does otherwise than the defaults, which are the full-size recipe; empty where there is no such preset."
+    base = PRESETS.get(config, {}).get("base", {})
+    return {key: base[key] for key in RECIPE if key in base}
+
+
 def tune_variants(
     variants: list[Variant],
+    recipe: dict,  # of our preset
+    weights: Path,  # that training starts from, where the model is the same and its makers draw them in the same way
 ) -> list[Variant]:
-    "Those of peers once for each learning rate that they are tried with."
-    tries = {"transformers": [(f"lr {lr:g}", {"lr": lr, "clip": 1.0}) for lr in (1e-3, 3e-3)],
-             "public": [("", {}), ("scaled for the batch", {"scaled": True})]}
+    "Each once for each recipe that its makers publish, or that it is tried with."
+    same = {"weights": str(weights)}
+    tries = {"ours": [("", same)] + ([("as its preset", same | {"settings": recipe})] if recipe else []),
+             "transformers": [(f"lr {lr:g}", {"lr": lr, "clip": 1.0}) for lr in (1e-3, 3e-3)],
+             "2025": [("", same)], "2026": [("", {}), ("scaled for the batch", {"scaled": True})]}
     tuned = []
     for v in variants:
         modern = "public" in v.name and "def setup_optimizer(" in (v.path / "nanochat" / "gpt.py").read_text(encoding="utf-8")
-        options = tries["transformers"] if "transformers" in v.name else tries["public"] if modern else [("", {})]
+        options = tries["ours" if v.ours else "transformers" if "transformers" in v.name else "2026" if modern else "2025"]
         tuned += [replace(v, name=f"{v.name}, {text}" if text else v.name, job=v.job | more) for text, more in options]
     return tuned
 
@@ -208,14 +223,14 @@ def quality(args: Namespace) -> None:
     print(machine)
     shape, row, rows = read_shape(args.config)
     shape["vocab_size"], rows = args.vocab_size or shape["vocab_size"], args.batch or rows
-    recipe = PRESETS.get(args.config, {}).get("base", {})
-    settings = {key: recipe[key] for key in ("embedding_lr", "head_lr", "matrix_lr", "lr_scale", "warmup", "cooldown", "clip") if key in recipe}
-    configuration = f"{args.config} {rows}x{row} {args.precision} {device.type} {args.corpus}"
+    configuration = f"{args.config} {rows}x{row} {args.precision} {device.type} {args.corpus} seed {args.seed}"
     curves: dict[str, dict[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(args, shape["vocab_size"], row, Path(name))), "settings": settings,
-               "parameters": GPT(GPTConfig(**shape)).num_params(), "seed": 1337}
-        variants = tune_variants(list_variants(args, job, device=device.type))
+        job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(args, shape["vocab_size"], row, Path(name))),
+               "parameters": GPT(GPTConfig(**shape)).num_params(), "seed": args.seed}
+        fresh = Path(name) / "weights"
+        save_file(GPT(GPTConfig(**shape)).init_weights(seed=args.seed).state_dict(), fresh)
+        variants = tune_variants(list_variants(args, job, device=device.type), read_recipe(args.config), fresh)
         for minutes in map(float, args.minutes.split(",")):
             with Team(variants) as team:
                 about, turn = {key: worker.about["parameters"] for key, worker in team.workers.items()}, 0
