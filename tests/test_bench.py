@@ -106,8 +106,9 @@ def test_tokenizer_data_and_import(monkeypatch, tmp_path, capsys):
 
 
 def test_quality(monkeypatch, tmp_path):
-    results = bench(monkeypatch, tmp_path, "quality", "--config", "micro", "--minutes", "0.01", "--shards", "1", "--only", "ours", "--device", "cpu")
-    assert 0.5 < float(results["ours"]["bits per byte"]) < 10
+    results = bench(monkeypatch, tmp_path, "quality", "--config", "micro", "--minutes", "0.01", "--shards", "1", "--only", "ours", "--device", "cpu", "--seeds", "2")
+    low, middle, high = (float(results["ours"][key]) for key in ("lowest", "bits per byte", "highest"))
+    assert results["ours"]["runs"] == "2" and 0.5 < low <= middle <= high < 10 and middle == pytest.approx((low + high) / 2)
     assert (tmp_path / "bench" / "quality.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -176,6 +177,7 @@ def test_merges_are_found_again():
     (["train", "--peer", str(HERE.parent)], "is not a checkout of the public nanochat"),
     (["decode", "--config", "huge"], "configuration 'huge' is unknown"),
     (["train", "--config", "micro", "--only", "mine"], "--only mine leaves nothing"),
+    (["quality", "--config", "micro", "--seeds", "0"], "there is nothing to show of 0 trainings"),
 ])
 def test_mistakes_are_one_sentence(monkeypatch, tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit) as error:
