@@ -18,7 +18,7 @@ test: .venv/ready
 
 # Beside others, half an hour on two CPU cores; a checkout of the public nanochat takes part with PEER=path
 bench: .venv/ready
-	set -e; for what in import tokenizer data "train --compile" decode "quality --minutes 1,2"; do \
+	set -e; for what in import tokenizer data "train --compile" decode "quality --minutes 1"; do \
 	  peer=; case "$$what" in (train*|decode*|quality*) peer="$(PEER:%=--peer %)";; esac; \
 	  $(BIN)/nanochat bench $$what $$peer; done
 

@@ -17,7 +17,8 @@ def parse_arguments(
                        ("data", "batches of the loader beside those that training eats"), ("tokenizer", "training a vocabulary, and encoding"),
                        ("import", "how long `nanochat` takes to start")):
         sub = what.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--rounds", type=int, default=10 if name == "import" else 5, help="turns of each variant; medians are shown")
+        if name != "quality":
+            sub.add_argument("--rounds", type=int, default=10 if name == "import" else 5, help="turns of each variant; medians are shown")
         if name in ("train", "decode", "quality", "data"):
             sub.add_argument("--config", default="tiny" if name == "quality" else "small", help="tiny, small, wide, d12 or d20")
             sub.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -37,6 +38,7 @@ def parse_arguments(
         if name == "quality":
             sub.add_argument("--shards", type=int, default=8, help="training shards of the corpus")
             sub.add_argument("--minutes", default="1,2,5", help="budgets of training, with commas")
+            sub.add_argument("--seeds", type=int, default=3, help="trainings of each, from different weights; luck moves a short one far")
             sub.add_argument("--vocab-size", type=int, default=0, help="tokens; 0: the configuration's")
         if name == "tokenizer":
             sub.add_argument("--vocab-size", type=int, default=8192, help="tokens, the 9 special ones included")

@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -166,32 +167,71 @@ def prepare_rows(
     return folder / "tensors"
 
 
+RECIPE = ("embedding_lr", "head_lr", "matrix_lr", "lr_scale", "warmup", "cooldown", "clip", "echo_tokens", "echo_part", "echo_length")
+
+
+def read_recipe(
+    config: str,  # a name that may be a preset's too
+) -> dict:  # settings of pretraining that decide how much is learned of the same rows
+    "What a preset's pretraining does otherwise than the defaults, which are the full-size recipe; empty where there is no such preset."
+    base = PRESETS.get(config, {}).get("base", {})
+    return {key: base[key] for key in RECIPE if key in base}
+
+
 def tune_variants(
     variants: list[Variant],
+    recipe: dict,  # of our preset
+    weights: Path,  # that training starts from, where the model is the same and its makers draw them in the same way
 ) -> list[Variant]:
-    "Those of peers once for each learning rate that they are tried with."
-    tries = {"transformers": [(f"lr {lr:g}", {"lr": lr, "clip": 1.0}) for lr in (1e-3, 3e-3)],
-             "public": [("", {}), ("scaled for the batch", {"scaled": True})]}
+    "Each once for each recipe that its makers publish, or that it is tried with."
+    same = {"weights": str(weights)}
+    tries = {"ours": [("", same)] + ([("as its preset", same | {"settings": recipe})] if recipe else []),
+             "transformers": [(f"lr {lr:g}", {"lr": lr, "clip": 1.0}) for lr in (1e-3, 3e-3)],
+             "2025": [("", same)], "2026": [("", {}), ("scaled for the batch", {"scaled": True})]}
     tuned = []
     for v in variants:
         modern = "public" in v.name and "def setup_optimizer(" in (v.path / "nanochat" / "gpt.py").read_text(encoding="utf-8")
-        options = tries["transformers"] if "transformers" in v.name else tries["public"] if modern else [("", {})]
+        options = tries["ours" if v.ours else "transformers" if "transformers" in v.name else "2026" if modern else "2025"]
         tuned += [replace(v, name=f"{v.name}, {text}" if text else v.name, job=v.job | more) for text, more in options]
     return tuned
 
 
+def train_for(
+    variants: list[Variant],
+    seconds: float,  # of training each
+) -> dict[str, dict]:  # variant -> parameters, steps, bits per byte, memory
+    "All of them by turns, and what they have learned."
+    with Team(variants) as team:
+        parameters, turn = {key: worker.about["parameters"] for key, worker in team.workers.items()}, 0
+        while not all(answer["done"] for answer in team.ask("train", first=turn, budget=seconds, turn=TURN).values()):
+            turn += 1
+        return {key: {"parameters": parameters[key], **m} for key, m in team.ask("evaluate").items()}
+
+
+def summarize_runs(
+    runs: list[dict],  # of one variant from different initial weights
+    step_tokens: int,
+) -> dict:  # what the table says
+    "Means, and how far luck moves what has been learned."
+    values, steps = [m["bits per byte"] for m in runs], round(mean(m["steps"] for m in runs))
+    return {"parameters": runs[0]["parameters"], "runs": len(runs), "steps": steps, "tokens": steps * step_tokens, "bits per byte": mean(values),
+            "lowest": min(values), "highest": max(values), "MB": max(m["memory"] for m in runs) / 1e6}
+
+
 def plot_quality(
-    curves: dict[str, dict[float, float]],  # variant -> minutes -> bits per byte
+    curves: dict[str, dict[float, dict]],  # variant -> minutes -> a row of the table
     path: Path,
 ) -> Path:
-    "Bits per byte over minutes, a curve for each variant."
+    "Bits per byte over minutes, a curve for each variant, from the lowest to the highest of its runs."
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
-        ax.plot(list(curve), list(curve.values()), marker="o", color=list(COLORS.values())[i % len(COLORS)], linewidth=2 if name.startswith("ours") else 1, label=name)
+        middle, low, high = ([row[key] for row in curve.values()] for key in ("bits per byte", "lowest", "highest"))
+        ax.errorbar(list(curve), middle, [np.subtract(middle, low), np.subtract(high, middle)], marker="o", capsize=3, label=name,
+                    color=list(COLORS.values())[i % len(COLORS)], linewidth=2 if name.startswith("ours") else 1)
     ax.set(xlabel="minutes of training", ylabel="bits per byte of held-out text")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
@@ -202,31 +242,30 @@ def plot_quality(
 
 
 def quality(args: Namespace) -> None:
-    "Bits per byte after minutes of training; each budget is a training of its own, with its own cooldown."
+    "Bits per byte after minutes of training; each budget is a training of its own, with its own cooldown, from several initial weights."
     device = get_device(args.device)
     machine = describe_machine(device)
     print(machine)
+    if args.seeds < 1:
+        raise UserError(f"there is nothing to show of {args.seeds} trainings: --seeds 3")
     shape, row, rows = read_shape(args.config)
     shape["vocab_size"], rows = args.vocab_size or shape["vocab_size"], args.batch or rows
-    recipe = PRESETS.get(args.config, {}).get("base", {})
-    settings = {key: recipe[key] for key in ("embedding_lr", "head_lr", "matrix_lr", "lr_scale", "warmup", "cooldown", "clip") if key in recipe}
     configuration = f"{args.config} {rows}x{row} {args.precision} {device.type} {args.corpus}"
-    curves: dict[str, dict[float, float]] = {}
+    curves: dict[str, dict[float, dict]] = {}
     with tempfile.TemporaryDirectory() as name:
-        job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(args, shape["vocab_size"], row, Path(name))), "settings": settings,
-               "parameters": GPT(GPTConfig(**shape)).num_params(), "seed": 1337}
-        variants = tune_variants(list_variants(args, job, device=device.type))
+        weights = Path(name) / "weights"
+        job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(args, shape["vocab_size"], row, Path(name))),
+               "parameters": GPT(GPTConfig(**shape)).num_params()}
         for minutes in map(float, args.minutes.split(",")):
-            with Team(variants) as team:
-                about, turn = {key: worker.about["parameters"] for key, worker in team.workers.items()}, 0
-                while not all(answer["done"] for answer in team.ask("train", first=turn, budget=60 * minutes, turn=TURN).values()):
-                    turn += 1
-                measured = team.ask("evaluate")
-            results = {}
-            for key, m in measured.items():
-                results[key] = {"parameters": about[key], "steps": m["steps"], "tokens": m["steps"] * rows * row, "bits per byte": m["bits per byte"],
-                                "MB": m["memory"] / 1e6}
-                curves.setdefault(key, {})[minutes] = m["bits per byte"]
-            path = show_results("quality", machine, f"{configuration} {minutes:g} min", results,
-                                f"quality, {configuration}, after {minutes:g} minutes of training", {v.name for v in variants if v.ours}, "bits per byte", lower=True)
+            runs: dict[str, list[dict]] = {}
+            for seed in range(1337, 1337 + args.seeds):
+                save_file(GPT(GPTConfig(**shape)).init_weights(seed).state_dict(), weights)
+                variants = tune_variants(list_variants(args, job | {"seed": seed}, device=device.type), read_recipe(args.config), weights)
+                for key, m in train_for(variants, 60 * minutes).items():
+                    runs.setdefault(key, []).append(m)
+            results = {key: summarize_runs(m, rows * row) for key, m in runs.items()}
+            for key, m in results.items():
+                curves.setdefault(key, {})[minutes] = m
+            title = f"quality, {configuration}, after {minutes:g} minutes of training, means"
+            path = show_results("quality", machine, f"{configuration} {minutes:g} min", results, title, {v.name for v in variants if v.ours}, "bits per byte", lower=True)
     print(f"added to {path}, plot: {plot_quality(curves, base_dir() / 'bench' / 'quality.png')}")

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from worker import ModelWorker, serve
 
-from nanochat.dataloader import RowLoader, RowStore
+from nanochat.dataloader import Echo, RowLoader, RowStore
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import lr_schedule, muon_momentum
+from nanochat.pretrain import BaseConfig
 from nanochat.tokenizer import SPECIAL_TOKENS
-from nanochat.train import TrainConfig, accumulate_gradients, build_optimizer
+from nanochat.train import accumulate_gradients, build_optimizer
 
 
 class Ours(ModelWorker):
@@ -26,10 +27,11 @@ class Ours(ModelWorker):
         return True
 
     def prepare_training(self) -> None:
-        self.cfg = TrainConfig(precision=self.job["precision"], **self.job.get("settings", {}))
+        self.cfg = BaseConfig(precision=self.job["precision"], **self.job.get("settings", {}))
         self.optimizer = build_optimizer(self.model, replace(self.cfg, precision="auto"))  # Newton-Schulz in what is fast here, as peers do
         rows = self.rows["train"].numpy()
-        self.loader = RowLoader(RowStore(1, lambda _: (rows, None)), self.job["batch"], device=self.device)
+        echo = Echo(self.cfg.echo_tokens // (rows.shape[1] - 1), self.cfg.echo_part, self.cfg.echo_length)  # as run_pretrain makes it
+        self.loader = RowLoader(RowStore(1, lambda _: (rows, None)), self.job["batch"], device=self.device, echo=echo)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         return next(self.loader)

@@ -3,10 +3,11 @@ import csv
 import sys
 
 import pytest
+import torch
 
 from bench.__main__ import main
 from bench.harness import HERE, Team, Variant, append_csv, format_table
-from bench.models import SHAPES, prepare_rows, read_shape, save_weights
+from bench.models import SHAPES, prepare_rows, read_recipe, read_shape, save_weights, tune_variants
 from bench.text import find_merges
 from nanochat.bpb import bits_per_byte
 
@@ -105,8 +106,9 @@ def test_tokenizer_data_and_import(monkeypatch, tmp_path, capsys):
 
 
 def test_quality(monkeypatch, tmp_path):
-    results = bench(monkeypatch, tmp_path, "quality", "--config", "micro", "--minutes", "0.01", "--shards", "1", "--only", "ours", "--device", "cpu")
-    assert 0.5 < float(results["ours"]["bits per byte"]) < 10
+    results = bench(monkeypatch, tmp_path, "quality", "--config", "micro", "--minutes", "0.01", "--shards", "1", "--only", "ours", "--device", "cpu", "--seeds", "2")
+    low, middle, high = (float(results["ours"][key]) for key in ("lowest", "bits per byte", "highest"))
+    assert results["ours"]["runs"] == "2" and 0.5 < low <= middle <= high < 10 and middle == pytest.approx((low + high) / 2)
     assert (tmp_path / "bench" / "quality.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -126,6 +128,45 @@ def test_the_workers_bits_per_byte_are_ours(monkeypatch, tmp_path):
     worker.loader.close()
 
 
+def test_each_is_tried_with_its_makers_recipes(tmp_path):
+    for name, text in (("2025", "def setup_optimizers("), ("2026", "def setup_optimizer(")):
+        (tmp_path / name / "nanochat").mkdir(parents=True)
+        (tmp_path / name / "nanochat" / "gpt.py").write_text(text)
+    names = {"ours": HERE.parent, "transformers": HERE, "public 2025": tmp_path / "2025", "public 2026": tmp_path / "2026"}
+    variants = [Variant(name, HERE / "worker.py", {}, path, ours=name == "ours") for name, path in names.items()]
+    jobs = {v.name: v.job for v in tune_variants(variants, {"cooldown": 0.4}, tmp_path / "w")}
+    assert list(jobs) == ["ours", "ours, as its preset", "transformers, lr 0.001", "transformers, lr 0.003", "public 2025", "public 2026",
+                          "public 2026, scaled for the batch"]
+    assert {name for name, job in jobs.items() if "weights" in job} == {"ours", "ours, as its preset", "public 2025"}
+    assert "settings" not in jobs["ours"] and jobs["ours, as its preset"]["settings"] == {"cooldown": 0.4}
+    assert read_recipe("micro") == {} and read_recipe("tiny")["echo_tokens"] > 0
+    assert [v.name for v in tune_variants(variants[:1], {}, tmp_path / "w")] == ["ours"]
+
+
+def test_ours_trains_as_its_preset(monkeypatch, tmp_path):
+    from argparse import Namespace
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(HERE)
+    from worker_ours import Ours
+
+    shape, row, rows = read_shape("micro")
+    job = {"shape": shape, "batch": rows, "rows": str(prepare_rows(Namespace(corpus="tinyworld", shards=1), shape["vocab_size"], row, tmp_path)),
+           "device": "cpu", "precision": "float32"}
+    plain, preset = Ours(job), Ours(job | {"settings": {"echo_tokens": row * rows, "echo_length": 8, "head_lr": 0.5, "cooldown": 0.4}})
+    (x, y), (echo, targets), (later, _) = plain.batch(), preset.batch(), preset.batch()
+    assert torch.equal(x[:, :8], echo[:, :8]) and torch.equal(echo[:, :8], echo[:, 8:16]) and (targets[:, 7] == -1).all() and (y >= 0).all()
+    assert torch.equal(later, plain.batch()[0])
+    assert preset.optimizer.groups[1].lr > 100 * plain.optimizer.groups[1].lr
+    rates = []
+    monkeypatch.setattr(type(preset.optimizer), "apply", lambda self, lr_scale, momentum: rates.append(lr_scale))
+    for worker in (plain, preset):
+        worker.gradients(*worker.batch())
+        worker.update(0, 0.7)
+        worker.loader.close()
+    assert rates == pytest.approx([1.0, 0.75])
+
+
 def test_merges_are_found_again():
     tokens = [bytes([i]) for i in range(256)] + [b"ab", b"cd", b"abcd", b"bc", b"abc"]
     assert find_merges(tokens) == [(b"a", b"b"), (b"c", b"d"), (b"ab", b"cd"), (b"b", b"c"), (b"ab", b"c")]
@@ -136,6 +177,7 @@ def test_merges_are_found_again():
     (["train", "--peer", str(HERE.parent)], "is not a checkout of the public nanochat"),
     (["decode", "--config", "huge"], "configuration 'huge' is unknown"),
     (["train", "--config", "micro", "--only", "mine"], "--only mine leaves nothing"),
+    (["quality", "--config", "micro", "--seeds", "0"], "there is nothing to show of 0 trainings"),
 ])
 def test_mistakes_are_one_sentence(monkeypatch, tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit) as error:

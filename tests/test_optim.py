@@ -1,4 +1,4 @@
-"""Two ranks compute what one computes."""
+"""The optimizer computes what its papers say, and two ranks compute what one computes."""
 import os
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from nanochat.common import Ranks
-from nanochat.optim import Optimizer, ParamGroup, share_out
+from nanochat.optim import Optimizer, ParamGroup, lr_schedule, muon_momentum, share_out
 
 SHAPES = {"table": (31, 7), "a": (7, 7), "b": (7, 7), "tall": (29, 7), "wide": (7, 13), "odd": (5, 3)}
 WORKER = """
@@ -60,6 +60,48 @@ def test_two_ranks_equal_one_and_resume_as_one(tmp_path):
     optimizer.load_state_dict(states[0] | states[1])
     train(resumed, optimizer, 25, Ranks(), start=25)
     assert all((alone[name] - resumed[name]).abs().max() < 1e-5 for name in SHAPES)
+
+
+def adamw_in_float64(weight, gradients, rates):
+    mean = square = torch.zeros_like(weight)
+    for t, (g, lr) in enumerate(zip(gradients, rates), 1):
+        mean, square = 0.8 * mean + 0.2 * g, 0.95 * square + 0.05 * g * g
+        weight = weight - lr * (mean / (1 - 0.8**t)) / ((square / (1 - 0.95**t)).sqrt() + 1e-10)
+    return weight
+
+
+def muon_in_float64(weight, gradients, rates):
+    "Nesterov's momentum; the quintic is applied to the singular values themselves."
+    rows, columns = weight.shape
+    mean = torch.zeros_like(weight)
+    for t, (g, lr) in enumerate(zip(gradients, rates)):
+        keep = 0.85 + 0.1 * min(1.0, t / 300)
+        mean = keep * mean + (1 - keep) * g
+        u, s, vt = torch.linalg.svd(keep * mean + (1 - keep) * g, full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        weight = weight - lr * max(1.0, rows / columns) ** 0.5 * (u * s) @ vt
+    return weight
+
+
+def test_steps_are_those_of_the_papers():
+    "All of a training's formulas in float64, on gradients whose singular values fall by a thousand; momentum and rates change with the step."
+    params, optimizer = build(Ranks())
+    start = {name: p.detach().double().clone() for name, p in params.items()}
+    gradients, steps = {name: [] for name in params}, 40
+    for t in range(steps):
+        generator = torch.Generator().manual_seed(t)
+        for name, p in params.items():
+            g = torch.randn(p.shape, generator=generator) * torch.logspace(0, -3, p.size(1))
+            gradients[name].append(g.double())
+            p.grad = g
+        optimizer.step(lr_schedule(t, steps, cooldown=0.4), muon_momentum(t))
+    rates = [min(1.0, (steps - t) / (0.4 * steps)) for t in range(steps)]
+    for name, p in params.items():
+        of, lr = (adamw_in_float64, 0.1) if name == "table" else (muon_in_float64, 0.02)
+        expected = of(start[name], gradients[name], [lr * rate for rate in rates])
+        assert (p.detach() - expected).norm() < 1e-3 * (expected - start[name]).norm(), name
 
 
 def test_work_is_shared_evenly():
