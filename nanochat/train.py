@@ -9,7 +9,7 @@ __all__ = ['LOSS', 'BPB', 'FAILED', 'TrainConfig', 'build_optimizer', 'count_tar
            'read_timeout', 'process_group', 'watch_parent', 'describe_failure', 'run_worker', 'RankProcesses', 'launch',
            'load_model']
 
-# %% ../nbs/50_train.ipynb #e6d9f2c7
+# %% ../nbs/50_train.ipynb #381dbf4a
 import importlib
 import json
 import math
@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
@@ -321,7 +321,7 @@ def compute_precision(
         raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
-# %% ../nbs/50_train.ipynb #e590f802
+# %% ../nbs/50_train.ipynb #d265417e
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -402,6 +402,8 @@ class Trainer:
         "A checkpoint of this step: all that decides the next one."
         if self.step == self.saved:
             return
+        if sick := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
+            raise UserError(self.advise(f"there are weights that are not finite, {sick[0]} among them"))
         self.write_checkpoint(self.directory)
         self.saved = self.step
 
@@ -425,6 +427,12 @@ class Trainer:
         if self.ranks.is_main:
             self.run.rewind(self.stage, self.step)
         return True
+
+    def advise(self, reason: str) -> str:
+        "What to say when a stage can't go on like this."
+        where = f"its checkpoint of step {self.saved}" if self.saved else "its beginning"
+        return (f"{self.stage} of run {self.run.name!r} stopped at step {self.step}, {reason}; go on from {where} with smaller steps: nanochat run "
+                f"--run {self.run.name} --set {self.stage}.lr_scale={0.5 * self.cfg.lr_scale:g} --set {self.stage}.clip=1.0")
 
     def find_bpb(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
         "Bits per byte of some text."
@@ -473,7 +481,7 @@ class Trainer:
         self.step += 1
         return {"loss": float(loss), "grad_norm": float(norm), "lr_scale": scale, "fault": fault}
 
-# %% ../nbs/50_train.ipynb #9867538e
+# %% ../nbs/50_train.ipynb #a2421206
 def pause(
     t: Trainer,  # between two steps
     progress: Progress,  # where to show what is found
@@ -522,9 +530,7 @@ def leave_out(
     t.log("bad_step", step=t.step, reason=fault, in_a_row=t.judge.bad, seconds=t.seconds, **finite)
     progress.say(f"{t.stage} step {t.step}/{t.steps} is not applied: {fault} ({t.judge.bad} in a row; {t.cfg.bad_steps} end the stage)")
     if t.judge.bad >= t.cfg.bad_steps:
-        where = f"step {t.saved}" if t.saved else "its beginning"
-        raise UserError(f"{t.stage} of run {t.run.name!r} stopped after {t.judge.bad} bad steps in a row, the last because {fault}; it goes on from {where}: "
-                        f"try nanochat run --run {t.run.name} --set {t.stage}.lr_scale={0.5 * t.cfg.lr_scale:g} --set {t.stage}.clip=1.0")
+        raise UserError(t.advise(f"after {t.judge.bad} bad steps in a row, the last because {fault}"))
 
 # %% ../nbs/50_train.ipynb #a76a4d57
 def train(
@@ -651,7 +657,7 @@ def run_worker() -> None:
         finally:
             os._exit(1)  # waiting for threads of a broken process group could take forever
 
-# %% ../nbs/50_train.ipynb #54d08ba3
+# %% ../nbs/50_train.ipynb #67b10d38
 class RankProcesses:
     "One process for each rank: their lines are passed on, and the first that fails ends the others."
 
@@ -692,10 +698,11 @@ class RankProcesses:
         "Ranks that have not ended."
         return [rank for rank, process in enumerate(self.processes) if process.poll() is None]
 
-    def send(self, number: int) -> None:
-        "Send a signal to all ranks and what they have started."
-        for rank in self.running():
-            os.killpg(self.processes[rank].pid, number)
+    def send(self, number: int, ranks: Iterable[int] | None = None) -> None:
+        "Send a signal to ranks, and to what they have started; None: to those that run."
+        for rank in self.running() if ranks is None else ranks:
+            with suppress(ProcessLookupError, PermissionError):  # it has just ended
+                os.killpg(self.processes[rank].pid, number)
 
     def wait(self) -> tuple[list[int], list[int]]:  # exit codes; ranks that had to be killed
         "Pass lines on until all ranks have ended."
@@ -722,7 +729,7 @@ class RankProcesses:
             self.wait()
             raise
         finally:
-            self.send(signal.SIGKILL)
+            self.send(signal.SIGKILL, range(self.count))  # also what ranks have started and left
             if old is not None:
                 signal.signal(signal.SIGTERM, old)
         self.explain([0 if rank in killed else code for rank, code in enumerate(codes)], killed)
