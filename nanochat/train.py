@@ -657,7 +657,7 @@ def run_worker() -> None:
         finally:
             os._exit(1)  # waiting for threads of a broken process group could take forever
 
-# %% ../nbs/50_train.ipynb #67b10d38
+# %% ../nbs/50_train.ipynb #e561ba32
 class RankProcesses:
     "One process for each rank: their lines are passed on, and the first that fails ends the others."
 
@@ -720,8 +720,10 @@ class RankProcesses:
         return [process.wait() for process in self.processes], killed
 
     def follow(self) -> None:
-        "Wait for all ranks; Ctrl-C and SIGTERM let them save first. Raises what the first failure was."
-        old = signal.signal(signal.SIGTERM, lambda *_: self.send(signal.SIGTERM)) if threading.current_thread() is threading.main_thread() else None
+        "Wait for all ranks; Ctrl-C and SIGTERM let them save first, the second time they don't. Raises what the first failure was."
+        signals = iter([signal.SIGTERM])
+        here = threading.current_thread() is threading.main_thread()  # where alone signals arrive
+        old = signal.signal(signal.SIGTERM, lambda *_: self.send(next(signals, signal.SIGKILL))) if here else None
         try:
             codes, killed = self.wait()
         except KeyboardInterrupt:

@@ -243,6 +243,7 @@ def fall_ill_together(cfg):
 def test_all_ranks_leave_out_the_same_steps(monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    monkeypatch.setenv("NANOCHAT_TIMEOUT", "30")  # ranks that disagree wait for each other
     cfg = sick("both", processes=2, device_rows=4, tokens=30 * 256, gradients="22:nan,25:1e4", losses="27:inf", rank=1)
     launch(fall_ill_together, cfg, module="test_sickness")
     ends = [line for line in capfd.readouterr().out.splitlines() if line.startswith("rank ended")]
