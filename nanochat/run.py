@@ -17,7 +17,7 @@ from typing import Any
 
 from .common import UserError, atomic_write, base_dir, disk_error
 
-# %% ../nbs/48_run.ipynb #a9baa542
+# %% ../nbs/48_run.ipynb #38291679
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 SOURCES = ("base", "mid", "sft", "rl")
 FREE_SETTINGS = {"preset", "device", "processes", "device_rows", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "compile", "spike", "bad_steps"}
@@ -26,10 +26,12 @@ CURES = {"lr_scale", "clip"}  # what may change until a stage is done: a run tha
 
 def _parse_lines(text: str) -> list[dict]:
     "The records of a metrics file; a last line that a killed process left half-written is dropped."
-    lines = text.split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = [json.loads(line) for line in text.split("\n")[:-1] if line]
+    if not all(isinstance(r, dict) and isinstance(r.get("stage"), str) and isinstance(r.get("kind"), str) and isinstance(r.get("step", 0), int) for r in records):
+        raise ValueError("a record without stage, kind or step")
+    return records
 
-# %% ../nbs/48_run.ipynb #99fb0797
+# %% ../nbs/48_run.ipynb #e67bc1f1
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -61,8 +63,11 @@ class Run:
         "The records written so far, oldest first, optionally of one stage or one kind."
         if not self.metrics.exists():
             return []
-        return [r for r in _parse_lines(self.metrics.read_text(encoding="utf-8"))
-                if stage in (None, r["stage"]) and kind in (None, r["kind"])]
+        try:
+            records = _parse_lines(self.metrics.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.metrics} is damaged ({str(error)[:80]}): repair the line, or train again with nanochat run --run NEW_NAME") from error
+        return [r for r in records if stage in (None, r["stage"]) and kind in (None, r["kind"])]
 
     def rewind(self, stage: str, step: int) -> None:
         "Drop what a stage that resumes after `step` steps will write again."
@@ -72,7 +77,13 @@ class Run:
     def choices(self) -> dict[str, Any]:
         "How the run was begun: preset, corpus, shape and settings, from config.json; empty for a new one."
         file = self.path / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        try:
+            choices = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if not isinstance(choices, dict) or not all(isinstance(choices.get(key, {}), dict) for key in ("shape", "settings")):
+                raise ValueError("it holds something else than choices")
+            return choices
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged ({str(error)[:80]}): delete it, and give preset and settings again with nanochat run --run {self.name}") from error
 
     def stage_done(self, stage: str) -> bool:
         "Whether a stage has written its summary, which is the last thing it does."
