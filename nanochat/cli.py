@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'RunName', 'Source', 'run', 'chat', 'evaluate', 'report', 'fetch', 'info', 'doctor', 'bench', 'main']
 
-# %% ../nbs/65_cli.ipynb #e195ea58
+# %% ../nbs/65_cli.ipynb #6688c751
 import os
 import sys
 from typing import Annotated, Optional
@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .common import UserError, base_dir, format_bytes, format_seconds
+from .common import UserError, base_dir, disk_error, format_bytes, format_seconds
 from .run import PRESETS, SOURCES, find_run, list_runs, read_settings
 
 # %% ../nbs/65_cli.ipynb #75227712
@@ -217,11 +217,14 @@ def bench(
     path = os.pathsep.join(filter(None, [str(clone), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, [sys.executable, "-m", "bench", *context.args], {**os.environ, "PYTHONPATH": path})
 
-# %% ../nbs/65_cli.ipynb #514dcd0a
+# %% ../nbs/65_cli.ipynb #493a33f4
 def main() -> None:
     "The `nanochat` command: exit code 2 for a mistake, 3 for a stage that was stopped, 130 for Ctrl-C."
     try:
-        app()
+        try:
+            app()
+        except OSError as error:  # a full disk or a forbidden directory, wherever it was met
+            raise disk_error(error, error.filename or base_dir()) from error
     except UserError as error:
         if os.environ.get("NANOCHAT_DEBUG") == "1":
             raise

@@ -6,8 +6,9 @@
 __all__ = ['STAGES', 'SOURCES', 'FREE_SETTINGS', 'CURES', 'EXERCISES', 'PRESETS', 'Run', 'list_runs', 'find_run', 'make_config',
            'read_settings']
 
-# %% ../nbs/48_run.ipynb #1a20107b
+# %% ../nbs/48_run.ipynb #bee514dd
 import dataclasses
+import errno
 import json
 import re
 import time
@@ -31,7 +32,7 @@ def _parse_lines(text: str) -> list[dict]:
         raise ValueError("a record without stage, kind or step")
     return records
 
-# %% ../nbs/48_run.ipynb #e67bc1f1
+# %% ../nbs/48_run.ipynb #bc3b2f17
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -54,8 +55,11 @@ class Run:
         record = {"stage": stage, "kind": kind, "time": round(time.time(), 3), **fields}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self.metrics, "ab", buffering=0) as file:
+                before, line = file.tell(), json.dumps(record).encode() + b"\n"
+                if file.write(line) < len(line):  # what is cut short, by a full disk, must not stay
+                    file.truncate(before)
+                    raise OSError(errno.ENOSPC, "no room for a record")
         except OSError as error:
             raise disk_error(error, self.metrics) from error
 

@@ -481,7 +481,7 @@ class Trainer:
         self.step += 1
         return {"loss": float(loss), "grad_norm": float(norm), "lr_scale": scale, "fault": fault}
 
-# %% ../nbs/50_train.ipynb #a2421206
+# %% ../nbs/50_train.ipynb #96eb0c75
 def pause(
     t: Trainer,  # between two steps
     progress: Progress,  # where to show what is found
@@ -506,8 +506,14 @@ def advance(
     peak: float,  # floating-point operations a second of all ranks' devices together
 ) -> None:
     "One step, timed and recorded."
-    start = time.perf_counter()
-    numbers = t.train_step()
+    start, position = time.perf_counter(), t.loader.position
+    try:
+        numbers = t.train_step()
+    except UserError:  # a shard is gone, say; nothing of this step has been applied
+        if t.ranks.world == 1:  # several ranks can't save without the one that failed
+            t.loader.position = position
+            t.save()
+        raise
     seconds = time.perf_counter() - start
     t.seconds += seconds
     speed = numbers.pop("step_tokens") / seconds

@@ -8,21 +8,24 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import NANOCHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import save
 
 from nanochat.bpe import encode_bpe
 from nanochat.chat import HELP, ChatSession, chat
-from nanochat.checkpoint import load_checkpoint
+from nanochat.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from nanochat.cli import _configs
-from nanochat.common import UserError, atomic_write
+from nanochat.common import Ranks, UserError, atomic_write
 from nanochat.conversation import check_messages, parse_reply, plain_text, render_conversation
-from nanochat.dataset import iter_texts, read_documents, read_manifest, write_shard
+from nanochat.dataloader import RowLoader, RowStore, save_rows
+from nanochat.dataset import Corpus, iter_texts, read_documents, read_manifest, write_shard
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run import Run, make_config, read_settings
@@ -116,7 +119,7 @@ def test_a_text_column_of_another_type_is_refused(tmp_path, kind):
     values = {pa.int64(): [1], pa.float32(): [1.5], pa.bool_(): [True], pa.timestamp("s"): [5], pa.date32(): [5], pa.null(): [None],
               pa.list_(pa.string()): [["a"]], pa.struct([("a", pa.string())]): [{"a": "x"}]}[kind]
     pq.write_table(pa.table({"text": pa.array(values, kind)}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="column 'text' holds .*x.parquet|x.parquet.*column 'text' holds"):
+    with pytest.raises(UserError, match="x.parquet has a column 'text' that holds .*, and not text"):
         list(iter_texts(tmp_path / "x.parquet"))
 
 
@@ -134,33 +137,22 @@ def test_texts_of_the_kinds_that_parquet_knows(tmp_path):
     assert list(iter_texts(tmp_path / "x.parquet")) == []
 
 
-def run_limited(code, *arguments, memory=3 << 30, seconds=100):
-    "A program of its own, with a limit for memory and one for time."
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))\n"
-    return subprocess.run([sys.executable, "-c", limit + code, *map(str, arguments)], capture_output=True, text=True, timeout=seconds,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_one_document_of_200_megabytes(tmp_path):
-    "It is read and tokenized within bounds; for learning a vocabulary only its beginning counts."
+    "For learning a vocabulary only its beginning counts; memory holds it two or three times and no more."
     code = """
-import sys, time
+import resource, sys, time
 from pathlib import Path
 from nanochat.dataset import write_shard, iter_texts
-from nanochat.tokenizer import Tokenizer, limit_chars
-from nanochat.dataloader import make_rows, read_rows
-path, small = Path(sys.argv[1]), Path(sys.argv[2])
+from nanochat.tokenizer import limit_chars
+path, start = Path(sys.argv[1]), time.perf_counter()
 write_shard(path, ["The cat sat on the mat. " * (200_000_000 // 24), "a short one"])
-print(path.stat().st_size)
-start = time.perf_counter()
-texts = list(limit_chars(iter_texts(path), 1_000_000))
-assert [len(text) for text in texts] == [10_000, 11]
-print(time.perf_counter() - start)
+assert [len(text) for text in limit_chars(iter_texts(path), 1_000_000)] == [10_000, 11]
+print(path.stat().st_size, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
-    done = run_limited(code, tmp_path / "big.parquet", tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.parquet")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    size, seconds = map(float, done.stdout.split())
-    assert size < 1e6 and seconds < 60
+    size, seconds, memory = map(float, done.stdout.split())
+    assert size < 1e6 and seconds < 120 and (memory < 2 or sys.platform == "darwin")  # a Mac counts in bytes
 
 
 @pytest.mark.parametrize("texts", [[""], ["", None], [None], []])
@@ -279,9 +271,9 @@ LINES = st.one_of(st.sampled_from(["/reset", "/quit", "/help", "/", "//", "/quit
 
 
 @settings(**MANY)
-@given(lines=st.lists(LINES, max_size=3), seed=st.integers(0, 100))
+@given(lines=st.lists(LINES, max_size=2), seed=st.integers(0, 100))
 def test_anything_can_be_typed_in_a_chat(lines, seed, engine):
-    session, given_lines = ChatSession(engine, temperature=1.0, top_k=None, max_tokens=4, seed=seed), iter(lines)
+    session, given_lines = ChatSession(engine, temperature=1.0, top_k=None, max_tokens=2, seed=seed), iter(lines)
 
     def ask(prompt):
         try:
@@ -296,3 +288,137 @@ def test_anything_can_be_typed_in_a_chat(lines, seed, engine):
     assert [m["role"] for m in session.messages] == ["user", "assistant"] * (len(session.messages) // 2)
     if session.messages:
         check_messages(session.messages)
+
+
+def test_a_shard_that_is_removed_while_training_is_named_and_the_state_is_saved(tmp_path, monkeypatch):
+    from test_sickness import make_trainer, sick
+
+    from nanochat.train import train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    paths = tuple(write_shard(tmp_path / f"shard_{i}.parquet", TEXTS[i * 10 : i * 10 + 10]) for i in range(4))
+    t = make_trainer(sick("robbed", tokens=400 * 256, save_every=1000, eval_every=1000))
+    store = RowStore.from_corpus(Corpus("x", (*paths, paths[0])), "train", t.tokenizer, 32, tmp_path / "rows")
+    t.loader = RowLoader(store, 8, Ranks(), torch.device("cpu"), shuffle_seed=1)
+    real = t.train_step
+
+    def rob():
+        if t.step == 2:
+            for path in paths[2:]:
+                path.unlink(missing_ok=True)
+        return real()
+    t.train_step = rob
+    t.estimate = lambda: ({"steps": 0.0}, 0)
+    with pytest.raises(UserError, match=r"shard_[23].parquet is missing: run the same command again"):
+        train(t)
+    found = latest_checkpoint(Run("robbed").path / "base")
+    assert found is not None and found.name == f"step_{t.step:06d}" and t.step > 2
+    for path, i in zip(paths, range(4)):
+        write_shard(path, TEXTS[i * 10 : i * 10 + 10])
+    t = make_trainer(sick("robbed", tokens=60 * 256, save_every=1000, eval_every=1000))
+    t.loader = RowLoader(RowStore.from_corpus(Corpus("x", (*paths, paths[0])), "train", t.tokenizer, 32, tmp_path / "rows"), 8, Ranks(), torch.device("cpu"), shuffle_seed=1)
+    train(t)
+    assert t.step == 60
+
+
+def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
+    from test_sickness import make_trainer, sick
+
+    from nanochat.train import train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    now = iter(range(2_000_000_000, 0, -100_000))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    monkeypatch.setenv("NANOCHAT_DEADLINE", "2000000001")
+    train(make_trainer(sick("backwards", tokens=10 * 256)))
+    records = Run("backwards").records()
+    assert records[-1]["kind"] == "summary" and records[-1]["took"] > 0 and all(r.get("seconds", 0) >= 0 for r in records)
+    seconds = [r["seconds"] for r in records if r["kind"] == "step"]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and all(r["tokens_per_second"] > 0 for r in records if r["kind"] == "step")
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    "A disk of `size` bytes; only root can make one, and CI has to."
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode and os.geteuid() == 0 and os.environ.get("CI"):
+        pytest.fail(f"root in CI must be able to mount: {made.stderr}")
+    if made.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def write_notebook(disk):
+    from test_pipeline import write_notebook
+
+    from nanochat.pipeline import Kernels, execute_stage
+
+    source = write_notebook(disk.parent / "a.ipynb", "print('x' * 100_000)")
+    with Kernels(disk.parent / "kernel.log", 1) as kernels:
+        execute_stage(source, disk / "notebooks" / "a.ipynb", {}, kernels.take())
+
+
+def write_report(disk):
+    from nanochat.report import make_report
+
+    make_report(Run("r"))
+
+
+WRITERS = {
+    "shard": lambda disk: write_shard(disk / "shard.parquet", [os.urandom(30_000).hex()]),
+    "rows": lambda disk: save_rows(disk / "rows", np.zeros((1000, 33), np.int64), np.ones((1000, 33), bool)),
+    "checkpoint": lambda disk: save_checkpoint(disk / "base", 1, {"w": torch.zeros(20_000)}, {}, {}),
+    "optimizer": lambda disk: save_checkpoint(disk / "base", 1, {}, {"m": torch.zeros(20_000)}, {}),
+    "metrics": lambda disk: Run("r").log("base", "sample", text="x" * 60_000),
+    "tokenizer": lambda disk: Tokenizer.train(TEXTS, 2000).save(disk / "tokenizer"),
+    "report": write_report,
+    "notebook": write_notebook,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, monkeypatch, kind):
+    with small_disk(tmp_path / "disk", 600_000) as disk:
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(disk))
+        run = Run("r")
+        run.log("base", "config", step=0, settings={"run": "r"}, model={"depth": 1, "width": 8, "heads": 1, "context": 8, "vocab_size": 300}, params=1, steps=1, ranks=1, flops_per_token=1)
+        run.log("base", "step", step=1, loss=1.0, grad_norm=1.0, lr_scale=1.0, tokens=1, tokens_per_second=1.0, mfu=0.1, seconds=1.0)
+        before = {p: p.read_bytes() for p in disk.rglob("*") if p.is_file()}
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(filler, filler.stat().st_size - 2 * 4096)  # room for a directory or a small file, not for what is written
+        with pytest.raises(UserError, match="no space left on the disk while writing") as caught:
+            WRITERS[kind](disk)
+        assert "\n" not in str(caught.value)
+        assert {p: p.read_bytes() for p in disk.rglob("*") if p.is_file() and p != filler} == before
+        filler.unlink()
+        WRITERS[kind](disk)
+        assert run.records("base", "step")[0]["loss"] == 1.0
+
+
+@pytest.mark.parametrize("how", ["mount", "user"])
+def test_a_base_directory_that_can_only_be_read(tmp_path, how):
+    base = tmp_path / "base"
+    base.mkdir()
+    command, arguments = [NANOCHAT, "run", "--preset", "demo", "--stages", "tokenizer"], {}
+    if how == "mount":
+        command = ["unshare", "-rm", "sh", "-c", 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && "$@"', "sh", str(base), *command]
+        if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("this system lets nobody make a namespace")
+    elif os.geteuid() == 0:
+        if subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "test", "-x", NANOCHAT], capture_output=True).returncode:
+            pytest.skip("another user can't run this environment")
+        command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
+    os.chmod(base, 0o555)
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        os.chmod(parent, os.stat(parent).st_mode | 0o055)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd="/", env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "HOME": "/nonexistent", **arguments})
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "cannot write" in done.stderr and "NANOCHAT_BASE_DIR=/path" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(base.iterdir())
