@@ -173,7 +173,7 @@ def open_tinyworld(
     last = manifest["shards"]["validation.parquet"]
     return Corpus("tinyworld", tuple(folder / name for name in names), last["bits"] / last["text_bytes"])
 
-# %% ../nbs/02_dataset.ipynb #b5f7aa64
+# %% ../nbs/02_dataset.ipynb #bcafc540
 def read_utf8(
     path: Path,
 ) -> Iterator[str]:  # pieces of about a megabyte
@@ -254,6 +254,9 @@ def open_folder(
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
         if not files and not shards:
             raise UserError(f"{path} holds no .parquet, .txt or .jsonl file; --corpus folder:PATH takes a folder that does")
+        for file in files or shards:
+            if not file.is_file():
+                raise UserError(f"{file} is no file, or a link that leads nowhere: remove it from the folder")
         folder = base_dir() / "data" / ("folder-" + _folder_hash(files or shards))
         cached = sorted(folder.glob("*.parquet"))
         if shards and not cached:

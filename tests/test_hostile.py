@@ -385,8 +385,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, m
     with small_disk(tmp_path / "disk", 600_000) as disk:
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(disk))
         run = Run("r")
-        run.log("base", "config", step=0, settings={"run": "r"}, model={"depth": 1, "width": 8, "heads": 1, "context": 8, "vocab_size": 300}, params=1, steps=1, ranks=1, flops_per_token=1)
-        run.log("base", "step", step=1, loss=1.0, grad_norm=1.0, lr_scale=1.0, tokens=1, tokens_per_second=1.0, mfu=0.1, seconds=1.0)
+        run.log("base", "config", step=0, settings={"run": "r", "corpus": "tinyworld", "device": "cpu"}, model={"depth": 1, "width": 8, "heads": 1, "context": 8, "vocab_size": 300}, params=1, steps=1, ranks=1, flops_per_token=1)
+        run.log("base", "step", step=1, loss=1.0, grad_norm=1.0, lr_scale=1.0, tokens=1, epoch=0, tokens_per_second=1.0, mfu=0.1, seconds=1.0)
         before = {p: p.read_bytes() for p in disk.rglob("*") if p.is_file()}
         filler = disk / "filler"
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
