@@ -6,7 +6,7 @@
 __all__ = ['app', 'RunName', 'Source', 'Site', 'run', 'chat', 'serve', 'lab', 'evaluate', 'report', 'fetch', 'info', 'doctor',
            'submit', 'job', 'status', 'bench', 'export', 'import_', 'lm_eval', 'main']
 
-# %% ../nbs/65_cli.ipynb #d3e47013
+# %% ../nbs/65_cli.ipynb #1797a52b
 import os
 import sys
 from typing import Annotated, Any, Optional
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from . import __version__
-from .common import UserError, base_dir, format_bytes, format_seconds
+from .common import UserError, base_dir, disk_error, format_bytes, format_seconds
 from .run import PRESETS, SOURCES, find_run, list_runs, read_settings
 
 # %% ../nbs/65_cli.ipynb #2a063401
@@ -355,11 +355,14 @@ def lm_eval(
 
     print(make_table(results))
 
-# %% ../nbs/65_cli.ipynb #514dcd0a
+# %% ../nbs/65_cli.ipynb #493a33f4
 def main() -> None:
     "The `nanochat` command: exit code 2 for a mistake, 3 for a stage that was stopped, 130 for Ctrl-C."
     try:
-        app()
+        try:
+            app()
+        except OSError as error:  # a full disk or a forbidden directory, wherever it was met
+            raise disk_error(error, error.filename or base_dir()) from error
     except UserError as error:
         if os.environ.get("NANOCHAT_DEBUG") == "1":
             raise

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'check_messages', 'render_conversation', 'render_prompt', 'f
 from .common import UserError
 from .tokenizer import Tokenizer
 
-# %% ../nbs/12_conversation.ipynb #69e37cc2
+# %% ../nbs/12_conversation.ipynb #78532dc5
 PARTS = {"text": None, "python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
 
 
@@ -17,6 +17,8 @@ def check_messages(
     messages: list[dict],  # {"role": ..., "content": ...}
 ) -> list[dict]:  # without a system message: it is put before the first user's words
     "Check a conversation's form. Raises `UserError` naming the message that is wrong."
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"a conversation is a list of messages with role and content, not {str(messages)[:80]!r}")
     if messages and messages[0].get("role") == "system":
         if len(messages) < 2 or not isinstance(messages[0].get("content"), str) or not isinstance(messages[1].get("content"), str):
             raise UserError("a system message must be a text, and a user's text must follow it")
@@ -28,8 +30,8 @@ def check_messages(
         if role != ("user", "assistant")[i % 2]:
             raise UserError(f"message {i} is by {role!r}; user and assistant must take turns, the user first")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in PARTS and isinstance(p.get("text"), str) for p in parts):
-            raise UserError(f"message {i} must be a text or a list of parts with a type of {', '.join(PARTS)} and a text, not {content!r}")
+        if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in list(PARTS) and isinstance(p.get("text"), str) for p in parts):
+            raise UserError(f"message {i} must be a text or a list of parts with a type of {', '.join(PARTS)} and a text, not {str(content)[:80]!r}")
         if role == "user" and not isinstance(content, str):
             raise UserError(f"message {i} is by the user and must be a text")
     return messages

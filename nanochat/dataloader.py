@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_long', 'pack_rows', 'RowStore', 'make_rows', 'save_rows', 'read_rows', 'Echo', 'add_echo', 'RowLoader']
 
-# %% ../nbs/13_dataloader.ipynb #61af1f6b
+# %% ../nbs/13_dataloader.ipynb #6a8dd566
 import bisect
 import json
 import queue
@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +163,7 @@ class RowStore:
         "Rows made part by part in the background and kept on disk; a directory that is there already is not made again."
         return cls(len(jobs), _RowMaker(jobs, ranks).get)
 
-# %% ../nbs/13_dataloader.ipynb #ec599fd1
+# %% ../nbs/13_dataloader.ipynb #86bd7a31
 def make_rows(
     shard: Path,  # parquet file of documents
     tokenizer: Tokenizer,
@@ -213,13 +214,17 @@ class _RowMaker:
             if not path.exists():
                 make(path)
 
+    def _try(self, index: int) -> None:
+        with suppress(UserError):  # when the part is needed it is tried again, where somebody hears of it
+            self.ensure(index)
+
     def get(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         path, start = self.jobs[index][0], time.monotonic()
         if index % self.ranks.world == self.ranks.rank:
             self.ensure(index)
         mine = next((i for i in range(index + 1, len(self.jobs)) if i % self.ranks.world == self.ranks.rank), None)
         if mine is not None and not self.jobs[mine][0].exists():
-            self.ahead = threading.Thread(target=self.ensure, args=(mine,), daemon=True)
+            self.ahead = threading.Thread(target=self._try, args=(mine,), daemon=True)
             self.ahead.start()
         while not path.exists():
             if time.monotonic() - start > self.patience:

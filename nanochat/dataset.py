@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from . import tinyworld
 from .common import UserError, atomic_write, base_dir, sha256_file
 
-# %% ../nbs/02_dataset.ipynb #b67fec1d
+# %% ../nbs/02_dataset.ipynb #10ad70b4
 ROW_GROUP = 512  # documents that are read at a time
 
 
@@ -51,20 +51,29 @@ def iter_texts(
     "Read a shard, one row group at a time. Raises `UserError` if it is damaged or has another schema."
     try:
         with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column 'text'; it has: {', '.join(file.schema_arrow.names)}")
+            _check_schema(path, file.schema_arrow)
             for group in range(file.num_row_groups):
                 for text in file.read_row_group(group, columns=["text"])["text"].to_pylist():
                     if isinstance(text, bytes):
                         text = text.decode("utf-8", errors="replace")
                     if text:
                         yield text
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise UserError(f"{path} is truncated or damaged ({str(error).splitlines()[0][:80]}): delete it and run the same command again") from error
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the same command again; shards that nanochat makes or fetches come back, your own have to be put there again") from None
+    except (pa.ArrowException, OSError, UnicodeError, MemoryError, OverflowError) as error:  # what a damaged file can lead to
+        raise UserError(f"{path} is truncated or damaged ({(str(error) or type(error).__name__).splitlines()[0][:80]}): delete it and run the same command again") from error
 
-# %% ../nbs/02_dataset.ipynb #18c733f9
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    "Raises `UserError` unless there is one column `text`, of texts."
+    kinds = [field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in schema if field.name == "text"]
+    if len(kinds) != 1:
+        raise UserError(f"{path} has {len(kinds) or 'no'} column{'s' * (len(kinds) > 1)} 'text'; it has: {', '.join(map(repr, schema.names))}")
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    if not any(test(kinds[0]) for test in tests):
+        raise UserError(f"{path} has a column 'text' that holds {kinds[0]}, and not text: name the column with the documents 'text'")
+
+# %% ../nbs/02_dataset.ipynb #80eab347
 @dataclass(frozen=True)
 class Corpus:
     "Shards of text; the last is for validation."
@@ -87,8 +96,11 @@ def read_manifest(
     "What a corpus' folder should hold."
     path = folder / "manifest.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {"shards": {}}
-    except ValueError as error:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"shards": {}}
+        if not all(isinstance(entry["bytes"], int) for entry in manifest["shards"].values()):
+            raise TypeError("a size is no number")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run the same command again") from error
 
 
@@ -161,7 +173,7 @@ def open_tinyworld(
     last = manifest["shards"]["validation.parquet"]
     return Corpus("tinyworld", tuple(folder / name for name in names), last["bits"] / last["text_bytes"])
 
-# %% ../nbs/02_dataset.ipynb #d97b9938
+# %% ../nbs/02_dataset.ipynb #bcafc540
 def read_utf8(
     path: Path,
 ) -> Iterator[str]:  # pieces of about a megabyte
@@ -188,9 +200,12 @@ def read_documents(
         for number, line in enumerate("".join(read_utf8(path)).split("\n"), 1):
             if line.strip():
                 try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not a JSON object with a key 'text'") from error
+                if not isinstance(text, str):
+                    raise UserError(f"{path}, line {number}: 'text' holds {str(text)[:60]!r}, which is not a text")
+                yield text
         return
     rest = ""
     for piece in read_utf8(path):
@@ -239,6 +254,9 @@ def open_folder(
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl"))
         if not files and not shards:
             raise UserError(f"{path} holds no .parquet, .txt or .jsonl file; --corpus folder:PATH takes a folder that does")
+        for file in files or shards:
+            if not file.is_file():
+                raise UserError(f"{file} is no file, or a link that leads nowhere: remove it from the folder")
         folder = base_dir() / "data" / ("folder-" + _folder_hash(files or shards))
         cached = sorted(folder.glob("*.parquet"))
         if shards and not cached:

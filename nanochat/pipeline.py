@@ -61,7 +61,7 @@ def stage_parameters(
         parameters |= {"depth": shape.get("depth"), "width": shape.get("width")}
     return {key: value for key, value in parameters.items() if value is not None}
 
-# %% ../nbs/58_pipeline.ipynb #5fa6fbf5
+# %% ../nbs/58_pipeline.ipynb #f358b5ad
 class StageFailed(RuntimeError):
     "A stage notebook raised an error or lost its kernel."
 
@@ -168,6 +168,7 @@ def execute_stage(
         plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
         raise StageFailed(f"{plain}\n{source.name} failed; the executed notebook is {target}") from None
     except OSError as error:
+        target.unlink(missing_ok=True)  # which is cut short
         raise disk_error(error, target) from error
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None

@@ -39,7 +39,7 @@ def limit_chars(
         if total >= max_chars:
             return
 
-# %% ../nbs/11_tokenizer.ipynb #2f4d34b3
+# %% ../nbs/11_tokenizer.ipynb #177f4c31
 def _without_surrogates(text: str) -> str:
     "Text that UTF-8 can write."
     return text if text.isascii() else text.encode("utf-8", errors="replace").decode()
@@ -87,8 +87,11 @@ class Tokenizer:
         return self._encoding.encode_ordinary_batch([_without_surrogates(text) for text in texts], num_threads=num_threads or os.cpu_count() or 1)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        "The bytes of tokens; special tokens give their names."
-        return self._encoding.decode_bytes(ids)
+        "The bytes of tokens; special tokens give their names. Raises `UserError` for a number that is no token."
+        try:
+            return self._encoding.decode_bytes(ids)
+        except (KeyError, OverflowError, TypeError) as error:
+            raise UserError(f"not all of {str(ids)[:80]} are tokens: this tokenizer's are 0 to {self.vocab_size - 1}") from error
 
     def decode(self, ids: list[int]) -> str:
         "The text of tokens; half a character becomes a replacement character."
@@ -125,5 +128,5 @@ class Tokenizer:
             return cls(tokens, str(body["pattern"]))
         except FileNotFoundError:
             raise UserError(f"{path} is missing: nanochat run --stages tokenizer") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): nanochat run --stages tokenizer") from error
