@@ -6,10 +6,10 @@
 __all__ = ['LOSS', 'BPB', 'FAILED', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'in_notebook',
            'draw_curves', 'Progress', 'StepJudge', 'StopRequest', 'Stopped', 'describe_machine', 'row_length',
            'compute_precision', 'Trainer', 'pause', 'advance', 'leave_out', 'train', 'read_deadline', 'announce',
-           'read_timeout', 'process_group', 'watch_parent', 'describe_failure', 'run_worker', 'RankProcesses', 'launch',
-           'load_model']
+           'read_timeout', 'process_group', 'watch_parent', 'describe_failure', 'run_worker', 'job_nodes',
+           'srun_command', 'RankProcesses', 'launch', 'load_model']
 
-# %% ../nbs/50_train.ipynb #381dbf4a
+# %% ../nbs/50_train.ipynb #e6bf3680
 import importlib
 import json
 import math
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -618,7 +618,7 @@ def process_group(device: torch.device) -> Iterator[Ranks]:  # our place among t
         raise
     dist.destroy_process_group()  # not after an error: the others would notice, and complain, before it has been said what happened
 
-# %% ../nbs/50_train.ipynb #3275f8ec
+# %% ../nbs/50_train.ipynb #e5f7f9cd
 FAILED = "nanochat rank failed: "  # begins the line by which a rank tells its parent
 
 
@@ -651,9 +651,9 @@ def describe_failure(
 
 
 def run_worker() -> None:
-    "What each process that `launch` starts does: `parent module function Config config.json`."
+    "What each process that `launch` starts does: `parent module function Config config.json`; parent 0 is whoever has started it."
     parent, module, function, config, path = sys.argv[-5:]
-    watch_parent(int(parent))
+    watch_parent(int(parent) or os.getppid())
     try:
         code = importlib.import_module(module)
         getattr(code, function)(getattr(code, config)(**json.loads(Path(path).read_text())))
@@ -663,25 +663,45 @@ def run_worker() -> None:
         finally:
             os._exit(1)  # waiting for threads of a broken process group could take forever
 
-# %% ../nbs/50_train.ipynb #e561ba32
+# %% ../nbs/50_train.ipynb #2b1c1598
+def job_nodes() -> list[str]:  # empty outside of Slurm, and for a job of one node
+    "The machines of this Slurm job, the one where its script runs first."
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
+        return []
+    return subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()
+
+
+def srun_command(
+    node: str | None,  # None: this machine
+) -> list[str]:  # what stands before a command
+    "Start something on a machine of this job, with all its CPUs, memory and GPUs, which ranks there share."
+    if node is None:
+        return []
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--unbuffered", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+
+# %% ../nbs/50_train.ipynb #f351943d
 class RankProcesses:
     "One process for each rank: their lines are passed on, and the first that fails ends the others."
 
     def __init__(
         self,
         command: list[str],  # program and arguments, the same for all
-        count: int,  # ranks
+        count: int,  # ranks on each machine
         environment: dict[str, str],  # all of it, but for the ranks' numbers
         grace: float = 5.0,  # seconds that the others have after one has failed
+        nodes: Sequence[str] = (),  # names of the machines of a Slurm job, this one first; empty: this machine alone
     ):
-        self.count, self.grace, self.lines, self.failures = count, grace, queue.Queue(), []
+        self.count, self.grace, self.lines, self.failures = count * max(1, len(nodes)), grace, queue.Queue(), []
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        self.processes = [subprocess.Popen(command, env={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, errors="replace",
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-                          for rank in range(count)]
-        self.readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(count)]
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        meeting = {"MASTER_ADDR": nodes[0] if nodes else "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(count)}
+        self.processes = [subprocess.Popen([*srun_command(nodes[rank // count] if nodes else None), *command], text=True, errors="replace", start_new_session=True,
+                                           env={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank % count)},
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                          for rank in range(self.count)]
+        self.readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(self.count)]
         for reader in self.readers:
             reader.start()
 
@@ -770,7 +790,7 @@ class RankProcesses:
             return
         raise RuntimeError(f"{what}; all ranks were ended, and the same command goes on from the last checkpoint")
 
-# %% ../nbs/50_train.ipynb #5a63f1ca
+# %% ../nbs/50_train.ipynb #e7948fc6
 def launch(
     work: Callable[[Any], Any],  # a stage's function; takes the configuration, runs on every rank
     cfg: Any,  # a frozen dataclass with `device` and `processes`
@@ -780,14 +800,15 @@ def launch(
     if get_ranks().world > 1:
         return work(cfg)
     count = cfg.processes or (torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0) or 1
-    if count == 1:
+    nodes = job_nodes()
+    if count == 1 and not nodes:
         return work(cfg)
     read_timeout()
     path = atomic_write(Run(cfg.run).path / f"launch_{cfg.STAGE}.json", json.dumps(asdict(cfg)))
-    command = [sys.executable, "-c", "from nanochat.train import run_worker; run_worker()", str(os.getpid()), module, work.__name__, type(cfg).__name__, str(path)]
+    command = [sys.executable, "-c", "from nanochat.train import run_worker; run_worker()", str(0 if nodes else os.getpid()), module, work.__name__, type(cfg).__name__, str(path)]
     threads = str(max(1, (os.cpu_count() or 1) // count))
     try:
-        RankProcesses(command, count, {"OMP_NUM_THREADS": threads, **os.environ, "NANOCHAT_PROGRESS": "lines", "PYTHONUNBUFFERED": "1"}).follow()
+        RankProcesses(command, count, {"OMP_NUM_THREADS": threads, **os.environ, "NANOCHAT_PROGRESS": "lines", "PYTHONUNBUFFERED": "1"}, nodes=nodes).follow()
     finally:
         path.unlink(missing_ok=True)
     return None

@@ -113,6 +113,17 @@ def test_stopped_and_lost_it_goes_on(cluster, site, whole):
     assert losses(site, "often") == whole and len(whole) == 200
 
 
+def test_two_nodes_with_two_ranks_each_equal_one_process(cluster, site, whole):
+    site.write_text(site.read_text() + "SITE_NODES=2\n")
+    _, ids = submit(cluster, site, "--preset", "demo", "--run", "wide", *QUICK, "--set", "base.processes=2", "--set", "base.device_rows=2")
+    assert cluster.wait_for(ids[1])["JobState"] == "COMPLETED", log_of(site, "wide", "base")
+    cluster.call("scancel", *ids[2:])
+    config = json.loads(next(line for line in (folder(site, "wide") / "metrics.jsonl").read_text().splitlines() if '"base", "kind": "config"' in line))
+    assert config["ranks"] == 4 and cluster.job(ids[1])["NumNodes"] == "2"
+    first = [(a, b) for (_, a), (_, b) in zip(losses(site, "wide"), whole)][:20]  # later, rounding has grown
+    assert max(abs(a - b) for a, b in first) < 1e-4
+
+
 def test_a_dead_kernel_ends_the_chain(cluster, site):
     _, ids = submit(cluster, site, "--preset", "demo", "--run", "dead", *QUICK)
     wait_for_step(cluster, site, "dead", 5)
