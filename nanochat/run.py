@@ -24,10 +24,10 @@ from typing import Any
 
 from .common import UserError, atomic_write, base_dir, disk_error
 
-# %% ../nbs/48_run.ipynb #f3685734
+# %% ../nbs/48_run.ipynb #878ef46a
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 SOURCES = ("base", "mid", "sft", "rl")
-FREE_SETTINGS = {"preset", "device", "processes", "device_rows", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "keep_best",
+FREE_SETTINGS = {"run", "preset", "device", "processes", "device_rows", "eval_every", "eval_tokens", "sample_every", "save_every", "keep", "keep_best",
                  "compile"}
 
 
@@ -71,7 +71,7 @@ def _try_lock(handle: int) -> bool:
         warnings.warn(f"this file system has no locks ({os.strerror(error.errno)}): make sure that nobody else trains this run", stacklevel=4)
     return True
 
-# %% ../nbs/48_run.ipynb #8cd057c0
+# %% ../nbs/48_run.ipynb #990ea4e8
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -107,6 +107,7 @@ class Run:
 
     def sync(self) -> int:  # size in bytes
         "Force the records so far to the disk: a checkpoint that survives a power cut must not be ahead of them."
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(self.metrics, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
