@@ -470,3 +470,11 @@ def test_soak(forker, long, tmp_path):
     assert kills and forker.run("base", f"soaked_{long}", settings=settings, rehearse=long) == 0
     print(f"killed {kills} times")
     assert_same(f"soaked_{long}", whole=f"quiet_{long}")
+
+
+def test_checkpoints_that_take_long_are_said_beforehand(small, capsys):
+    for saving, said_so in ((5.0, True), (1.0, False)):
+        t = small(f"saving_{said_so}")
+        t.estimate = lambda saving=saving: ({"steps": 20.0, "saving": saving}, 0)
+        train(t)
+        assert ("checkpoints take 25% as long as the steps do; fewer: --set base.save_every=8" in capsys.readouterr().out) == said_so
