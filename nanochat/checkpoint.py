@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'pack_tensors', 'DamagedCheckpoint', 'seal_meta', 'read_meta', 'read_tensors', 'list_checkpoints',
-           'save_checkpoint', 'load_checkpoint', 'load_weights', 'check_tokenizer', 'verify_checkpoint',
-           'latest_checkpoint', 'random_state', 'set_random_state']
+           'checkpoint_step', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'check_tokenizer',
+           'verify_checkpoint', 'latest_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/30_checkpoint.ipynb #e5aa2d48
+# %% ../nbs/30_checkpoint.ipynb #2fb53fba
 import base64
 import hashlib
 import json
@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,23 +144,30 @@ def _publish(path: Path, model_tensors: dict[str, Tensor], digests: list[bytes],
         meta = json.loads(json.dumps({**meta, "format": FORMAT, "files": files}))  # as a reader will see it
         (temporary / "meta.json").write_text(json.dumps({**meta, "seal": seal_meta(meta)}, indent=1), encoding="utf-8")
 
-# %% ../nbs/30_checkpoint.ipynb #92448864
+# %% ../nbs/30_checkpoint.ipynb #b536485b
 def list_checkpoints(
     directory: Path | str,  # may be missing
 ) -> list[Path]:  # ordered by step
     "The checkpoints of a stage, damaged ones included."
     found = [path for path in Path(directory).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=checkpoint_step)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    "Delete all but the newest checkpoints, and what killed processes left."
+def checkpoint_step(path: Path) -> int:
+    "The step in a checkpoint's name."
+    return int(path.name.removeprefix("step_"))
+
+
+def _prune(directory: Path, keep: int, spare: Collection[int] = ()) -> None:
+    "Delete all but the newest checkpoints and those to be spared, and what killed processes left."
     for path in list_checkpoints(directory)[:-keep]:
+        if checkpoint_step(path) in spare:
+            continue
         os.replace(path, path.with_name(f".{path.name}.old"))
     for path in directory.glob(".*step_*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/30_checkpoint.ipynb #7583d051
+# %% ../nbs/30_checkpoint.ipynb #24a40c57
 def save_checkpoint(
     directory: Path | str,  # of the stage
     step: int,  # optimizer steps done
@@ -169,6 +176,7 @@ def save_checkpoint(
     meta: dict[str, Any],  # anything JSON: sizes, tokenizer hash, data position
     ranks: Ranks = Ranks(),  # all of them must call this together
     keep: int = 2,  # how many checkpoints stay, at least 1
+    spare: Collection[int] = (),  # steps whose checkpoints stay too, such as the best so far
 ) -> Path:  # directory/step_000123
     "Save one checkpoint, whole or not at all. Raises `UserError` on all ranks if one of them can't write."
     assert keep >= 1, "a run without any checkpoint can't go on"
@@ -184,7 +192,7 @@ def save_checkpoint(
         try:
             if ranks.is_main:
                 _publish(path, model_tensors, digests, {**meta, "step": step})
-                _prune(path.parent, keep)
+                _prune(path.parent, keep, spare)
         except UserError as failure:
             error = failure
         _agree(error, digest, ranks)

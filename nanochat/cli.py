@@ -75,7 +75,7 @@ def _configs() -> dict[str, type]:
 
     return {cls.STAGE: cls for cls in (TokenizerConfig, BaseConfig, MidConfig, SFTConfig, RLConfig, EvalConfig, ReportConfig)}
 
-# %% ../nbs/65_cli.ipynb #ccc5a3d8
+# %% ../nbs/65_cli.ipynb #13b8b929
 @app.command()
 def chat(
     name: RunName = None,
@@ -85,6 +85,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 50,
     max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    best: Annotated[bool, typer.Option("--best", help="The stage's checkpoint with the best measurement; default: its last.")] = False,
 ) -> None:
     "Talk to a trained model. Example: nanochat chat -p 'Tell me a story.'"
     from nanochat.chat import ChatSession, reply
@@ -93,7 +94,7 @@ def chat(
     from nanochat.train import load_model
 
     this = find_run(name)
-    model, tokenizer, meta = load_model(this, _source(source))
+    model, tokenizer, meta = load_model(this, _source(source), best=best)
     session = ChatSession(Engine(model, tokenizer), temperature, top_k or None, max_tokens, seed)
     if prompt is not None:
         reply(session, prompt)
@@ -355,9 +356,9 @@ def lm_eval(
 
     print(make_table(results))
 
-# %% ../nbs/65_cli.ipynb #493a33f4
+# %% ../nbs/65_cli.ipynb #36aaa723
 def main() -> None:
-    "The `nanochat` command: exit code 2 for a mistake, 3 for a stage that was stopped, 130 for Ctrl-C."
+    "The `nanochat` command: exit code 2 for a mistake, 3 for a stage that was stopped, 130 for Ctrl-C or SIGTERM."
     try:
         try:
             app()

@@ -55,7 +55,7 @@ def _sync(path: Path) -> None:
     finally:
         os.close(handle)
 
-# %% ../nbs/00_common.ipynb #5ff970a4
+# %% ../nbs/00_common.ipynb #9f19fc8a
 def atomic_write(
     path: Path | str,  # the file to make or replace; its directory is made if missing
     data: str | bytes,  # the whole contents; text is written as UTF-8
@@ -68,34 +68,37 @@ def atomic_write(
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_common.ipynb #873bd0c9
+# %% ../nbs/00_common.ipynb #344613b4
 @contextlib.contextmanager
 def atomic_dir(
     path: Path | str,  # the directory to make; one that exists is replaced
 ) -> Iterator[Path]:  # a temporary directory beside it, to be filled
     "Fill a directory that appears whole, when the block ends, or not at all."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
-        if path.exists():
-            shutil.rmtree(path)
+        if path.exists():  # a directory can't be replaced in one instruction: a kill after this one leaves neither
+            os.replace(path, old)
         os.replace(temporary, path)
-        _sync(path.parent)
+        for directory in (path.parent, path.parent.parent):  # the second holds the name of the first, which may be new
+            _sync(directory)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/00_common.ipynb #7c96338b
 def sha256_file(

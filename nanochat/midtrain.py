@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS', 'MidConfig', 'stream_rows', 'make_conversation_rows', 'conversation_rows', 'sample_chat',
            'train_on_conversations', 'describe_rows', 'run_midtrain']
 
-# %% ../nbs/53_midtrain.ipynb #267b1953
+# %% ../nbs/53_midtrain.ipynb #cc997e50
 import hashlib
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from .pretrain import validation_batches
 from .run import Run
 from .tasks import Task
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, row_length, train
+from .train import TrainConfig, Trainer, load_model, process_group, row_length, train
 
 # %% ../nbs/53_midtrain.ipynb #c82e21b8
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sample_chat(
         return [{"prompt": text, "text": plain_text(parse_reply(tokenizer, reply))} for text, reply in zip(prompts, replies)]
     return write
 
-# %% ../nbs/53_midtrain.ipynb #4e1d8488
+# %% ../nbs/53_midtrain.ipynb #457840d0
 def train_on_conversations(
     cfg: TrainConfig,  # with `mixture`, `kinds`, `persona`, `masked` and `packing`
     source: str,  # the stage whose model this one begins with
@@ -133,20 +133,17 @@ def train_on_conversations(
         raise UserError(f"run {run.name!r} has no finished {source} model to go on from: nanochat run --run {run.name} --stages {source}")
     model, tokenizer, _ = load_model(run, source, device)
     with process_group(device) as ranks:
-        row, stores = row_length(cfg, model.config), {}
+        row, stores, data = row_length(cfg, model.config), {}, []
         origin = mixture_hash(cfg.mixture, cfg.persona)
         for split, masked, packing, limit in (("train", cfg.masked, cfg.packing, None), ("test", True, "whole", max(1000, cfg.eval_tokens // 100))):
             task = load_mixture(cfg.mixture, cfg.seed, split, cfg.kinds, cfg.persona, limit)
             stores[split], counts = conversation_rows(task, tokenizer, row, packing, masked, run.path / "rows", ranks, origin=origin)
-            if ranks.is_main:
-                run.log(stage, "data", step=0, split=split, **counts)
-                if split == "train":
-                    print(f"{stage}: {describe_rows(counts, row)}", flush=True)
+            data.append({"split": split, **counts})
+            if ranks.is_main and split == "train":
+                print(f"{stage}: {describe_rows(counts, row)}", flush=True)
         loader = RowLoader(stores["train"], cfg.device_rows * ranks.world, ranks, device, shuffle_seed=cfg.seed)
-        if ranks.is_main:
-            run.log(stage, "environment", **describe_machine(device))
         train(Trainer(stage, cfg, run, model, tokenizer, loader, validation_batches(stores["test"], cfg, ranks, device, row),
-                      sample_chat(tokenizer), None, ranks))
+                      sample_chat(tokenizer), None, ranks, tuple(data)))
 
 
 def describe_rows(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENINGS', 'BaseConfig', 'validation_batches', 'sample_text', 'load_tokenizer', 'run_pretrain']
 
-# %% ../nbs/52_pretrain.ipynb #5d741ec3
+# %% ../nbs/52_pretrain.ipynb #f667add2
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ from .engine import Engine
 from .gpt import GPT, GPTConfig
 from .run import Run
 from .tokenizer import Tokenizer
-from .train import TrainConfig, Trainer, describe_machine, process_group, row_length, train
+from .train import TrainConfig, Trainer, process_group, row_length, train
 
 # %% ../nbs/52_pretrain.ipynb #631dac32
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def load_tokenizer(run: Run) -> Tokenizer:
         raise UserError(f"run {run.name!r} has no tokenizer yet: nanochat run --run {run.name} --stages tokenizer")
     return Tokenizer.load(run.path / "tokenizer")
 
-# %% ../nbs/52_pretrain.ipynb #da632ab2
+# %% ../nbs/52_pretrain.ipynb #4f7241a0
 def run_pretrain(
     cfg: BaseConfig,
 ) -> None:
@@ -101,7 +101,5 @@ def run_pretrain(
         model.init_weights(seed=cfg.seed)
         echo = Echo(cfg.echo_tokens // row, cfg.echo_part, cfg.echo_length)
         loader = RowLoader(stores["train"], cfg.device_rows * ranks.world, ranks, device, shuffle_seed=cfg.seed, echo=echo)
-        if ranks.is_main:
-            run.log("base", "environment", **describe_machine(device))
         train(Trainer("base", cfg, run, model, tokenizer, loader, validation_batches(stores["val"], cfg, ranks, device, row),
                       sample_text(tokenizer), corpus.entropy, ranks))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rollout', 'sample_group', 'advantages', 'policy_loss', 'RLConfig', 'QuestionLoader', 'RLTrainer', 'run_rl']
 
-# %% ../nbs/55_rl.ipynb #e48e2337
+# %% ../nbs/55_rl.ipynb #9e6e780c
 import random
 from dataclasses import dataclass
 from statistics import mean
@@ -23,7 +23,7 @@ from .midtrain import sample_chat
 from .mixtures import load_mixture, load_task, read_numbers
 from .run import Run
 from .tasks import Example, Task
-from .train import TrainConfig, Trainer, describe_machine, load_model, process_group, train
+from .train import TrainConfig, Trainer, load_model, process_group, train
 
 # %% ../nbs/55_rl.ipynb #e6263721
 class Rollout(NamedTuple):
@@ -209,7 +209,7 @@ class RLTrainer(Trainer):
         few = self.exam[: min(len(self.exam), 8 * self.ranks.world)]
         return estimate_seconds(lambda: self.take_exam(few), count, warm=0, most=1, device=self.device) * len(self.exam) / len(few)
 
-# %% ../nbs/55_rl.ipynb #45bf5a7f
+# %% ../nbs/55_rl.ipynb #7eb7f13e
 def run_rl(
     cfg: RLConfig,
 ) -> None:
@@ -226,7 +226,5 @@ def run_rl(
         exam = load_task(cfg.exam or names[0], cfg.exam_items)
         if task.check is None or exam.check is None or any(example.choices for example in (*task, exam[0])):
             raise UserError(f"{cfg.mixture} can't be practised, since not all of its replies are written and checked: --set rl.mixture=large_sums=3000")
-        if ranks.is_main:
-            run.log("rl", "environment", **describe_machine(device))
         loader, asked = QuestionLoader(len(task), cfg.questions, ranks, cfg.seed), tuple(e.question[-1]["content"] for e in exam[:4])
         train(RLTrainer("rl", cfg, run, model, tokenizer, loader, None, sample_chat(tokenizer, asked), None, ranks, task=task, exam=exam))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSS', 'BPB', 'FAILED', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'in_notebook',
-           'draw_curves', 'Progress', 'StepJudge', 'StopRequest', 'Stopped', 'describe_machine', 'row_length',
-           'compute_precision', 'Trainer', 'pause', 'advance', 'leave_out', 'train', 'read_deadline', 'announce',
-           'read_timeout', 'process_group', 'watch_parent', 'describe_failure', 'run_worker', 'job_nodes',
-           'srun_command', 'RankProcesses', 'launch', 'load_model']
+           'draw_curves', 'Progress', 'StepJudge', 'StopRequest', 'StopNow', 'Stopped', 'describe_machine',
+           'row_length', 'compute_precision', 'Trainer', 'find_best', 'best_checkpoint', 'pause', 'advance',
+           'leave_out', 'train', 'read_deadline', 'announce', 'read_timeout', 'process_group', 'watch_parent',
+           'describe_failure', 'run_worker', 'job_nodes', 'srun_command', 'RankProcesses', 'launch', 'load_model']
 
-# %% ../nbs/50_train.ipynb #e6bf3680
+# %% ../nbs/50_train.ipynb #550add1a
 import importlib
 import json
 import math
@@ -37,7 +37,17 @@ import torch
 import torch.distributed as dist
 
 from .bpb import bits_per_byte
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nanochat.checkpoint import (
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    verify_checkpoint,
+)
 from .common import Ranks, UserError, atomic_write, fast_dtype, format_bytes, format_count, format_seconds, get_device, get_ranks
 from .costs import count_due, estimate_bytes, estimate_seconds, memory_used, peak_flops, restore_after
 from .dataloader import RowLoader
@@ -46,7 +56,7 @@ from .optim import Optimizer, ParamGroup, lr_schedule, muon_momentum
 from .run import Run
 from .tokenizer import Tokenizer
 
-# %% ../nbs/50_train.ipynb #6974cea9
+# %% ../nbs/50_train.ipynb #80790f4e
 @dataclass(frozen=True)
 class TrainConfig:
     "What every training stage has in common."
@@ -71,7 +81,8 @@ class TrainConfig:
     eval_tokens: int = 40_000  # validation tokens of one measurement
     sample_every: int = 200  # steps between samples; 0: none
     save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # checkpoints to keep
+    keep: int = 2  # checkpoints to keep, the newest
+    keep_best: bool = True  # keep the one with the best measurement too
     seed: int = 1337  # of weights and data order
     precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is the faster one
     compile: bool = False  # torch.compile: faster steps for half a minute of waiting
@@ -249,7 +260,7 @@ class StepJudge:
         self.norms = (self.norms + [norm] * (norm > 0))[-50:]
         return ""
 
-# %% ../nbs/50_train.ipynb #22b9f1a9
+# %% ../nbs/50_train.ipynb #b05d667f
 class StopRequest:
     "Whether somebody has asked this run to stop: Ctrl-C, SIGTERM, a file `stop` in the run's folder, or the clock."
 
@@ -259,7 +270,6 @@ class StopRequest:
         deadline: float | None = None,  # a time.time() at which to stop
     ):
         self.path, self.deadline, self.reason = run.path / "stop", deadline, ""
-        self.path.unlink(missing_ok=True)
         self.old: dict[int, Any] = {}
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -277,9 +287,10 @@ class StopRequest:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
+        self.path.unlink(missing_ok=True)  # it has been obeyed, or there is nothing left to stop
 
     def agreed(self, device: torch.device) -> bool:  # the same on all ranks
-        "Whether to stop before the next step."
+        "Whether to stop now; all ranks ask together."
         if not self.reason and self.path.exists():
             self.reason = "a stop file"
         if not self.reason and self.deadline and time.time() > self.deadline:
@@ -288,7 +299,17 @@ class StopRequest:
             return bool(self.reason)
         asked = torch.tensor(bool(self.reason), dtype=torch.int32, device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.reason = self.reason or ("another rank" if asked.item() else "")
         return bool(asked.item())
+
+    def check(self, device: torch.device) -> None:
+        "Raise `StopNow` if somebody has asked; all ranks call this in the same places."
+        if self.agreed(device):
+            raise StopNow(self.reason)
+
+
+class StopNow(Exception):
+    "Leaves whatever is going on between two steps; `train` catches it and saves."
 
 
 class Stopped(SystemExit):
@@ -301,7 +322,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:  # JSON-ready
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "system": platform.platform(), "peak_flops": peak_flops(device)}
 
-# %% ../nbs/50_train.ipynb #cd72d630
+# %% ../nbs/50_train.ipynb #237d0204
 def row_length(
     cfg: TrainConfig,
     model: GPTConfig,
@@ -316,12 +337,17 @@ def compute_precision(
     name: str,  # "float32", "bfloat16" or "auto"
     device: torch.device,
 ) -> torch.dtype:  # of the products; weights are always float32
-    "What the forward and backward passes calculate in."
+    "What the forward and backward passes calculate in; with `auto`, ranks find out together."
     if name not in ("float32", "bfloat16", "auto"):
         raise UserError(f"precision {name!r} is unknown; choose float32, bfloat16 or auto: --set base.precision=auto")
-    return fast_dtype(device) if name == "auto" else getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    faster = torch.tensor(fast_dtype(device) == torch.bfloat16, dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(faster, op=dist.ReduceOp.MIN)
+    return torch.bfloat16 if faster.item() else torch.float32
 
-# %% ../nbs/50_train.ipynb #d265417e
+# %% ../nbs/50_train.ipynb #874f439f
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -335,22 +361,28 @@ class Trainer:
     sample: Callable[[GPT], list[dict]] | None = None  # writes a few samples
     floor: float | None = None  # entropy of the text in bits per byte, where it is known
     ranks: Ranks = Ranks()
+    data: tuple[dict[str, Any], ...] = ()  # what became of the texts or conversations, to be recorded
     shows, curves, unit = "loss", (LOSS, BPB), "tokens"  # what is shown of a step, of the stage, and against what
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
-        self.step, self.saved, self.seconds = 0, 0, 0.0
+        self.step, self.saved, self.seconds, self.stop = 0, 0, 0.0, StopRequest(self.run)
         self.judge = StepJudge(self.cfg.spike, self.ceiling())
         self.optimizer = build_optimizer(self.model, self.cfg, self.ranks)
         self.compute = torch.compile(self.model) if self.cfg.compile else self.model
-        self.dtype = compute_precision(self.cfg.precision, self.device)
-        self.autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        self.calculate_in(compute_precision(self.cfg.precision, self.device))
         self.directory = self.run.path / self.stage
         self.plan()
 
     def ceiling(self) -> float:
         "A loss that no working model has."
         return 1.5 * math.log(self.model.config.vocab_size)
+
+    def calculate_in(self, dtype: torch.dtype) -> None:
+        "Choose the format of all products."
+        self.dtype, self.autocast = dtype, nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+        if self.cfg.precision == "auto":
+            self.optimizer.dtype = dtype
 
     def plan(self) -> None:
         "How many steps there will be, and how large one is."
@@ -369,8 +401,11 @@ class Trainer:
         try:
             with restore_after(self.model, self.optimizer, self.loader):
                 seconds = {"steps": self.time_steps(last - step)}
+                self.stop.check(device)
                 seconds["measuring"] = self.time_measuring(count_due(cfg.eval_every, step, last))
+                self.stop.check(device)
                 seconds["samples"] = estimate_seconds(self.draw_samples, count_due(cfg.sample_every, max(1, step), last), warm=0, most=1, device=device)
+                self.stop.check(device)
                 seconds["saving"] = estimate_seconds(lambda: self.write_checkpoint(trial), count_due(cfg.save_every, step + 1, last), warm=0, most=1, device=device)
         finally:
             self.step, self.judge = step, judge
@@ -410,23 +445,29 @@ class Trainer:
     def write_checkpoint(self, directory: Path) -> None:
         "The state as it is, into a directory."
         meta = {"stage": self.stage, "model": asdict(self.model.config), "settings": asdict(self.cfg), "tokenizer_hash": self.tokenizer.hash,
-                "position": self.loader.position, "seconds": self.seconds, "steps": self.steps, "norms": self.judge.norms, "bad": self.judge.bad}
-        save_checkpoint(directory, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.ranks, keep=self.cfg.keep)
+                "position": self.loader.position, "seconds": self.seconds, "steps": self.steps, "random": random_state(),
+                "precision": [self.device.type, str(self.dtype).removeprefix("torch.")], "metrics": self.run.sync() if self.ranks.is_main else 0,
+                "norms": self.judge.norms, "bad": self.judge.bad}
+        best = find_best(self.run, self.stage) if self.cfg.keep_best else None
+        save_checkpoint(directory, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.ranks, self.cfg.keep, {best})
 
     def resume(self) -> bool:
-        "Go on from the newest checkpoint of this stage, if there is one."
-        path = latest_checkpoint(self.directory)
-        if path is None:
-            return False
-        tensors, state, meta = load_checkpoint(path, device=self.device, optim=True)
-        self.model.load_state_dict(tensors)
-        self.optimizer.load_state_dict(state)
-        self.step, self.seconds, self.loader.position = meta["step"], meta["seconds"], meta["position"]
-        self.saved = self.step
-        self.judge.norms, self.judge.bad = meta.get("norms", []), meta.get("bad", 0)
+        "Go on from the newest checkpoint of this stage, if there is one; what was recorded after it is dropped."
+        path, meta = latest_checkpoint(self.directory), {}
+        if path is not None:
+            tensors, state, meta = load_checkpoint(path, device=self.device, optim=True)
+            load_weights(self.model, tensors)
+            self.optimizer.load_state_dict(state)
+            self.step, self.seconds, self.loader.position = meta["step"], meta["seconds"], meta["position"]
+            self.saved = self.step
+            self.judge.norms, self.judge.bad = meta.get("norms", []), meta.get("bad", 0)
+            set_random_state(meta.get("random", random_state()))
+            device, dtype = meta.get("precision", ("", ""))
+            if device == self.device.type:
+                self.calculate_in(getattr(torch, dtype))
         if self.ranks.is_main:
-            self.run.rewind(self.stage, self.step)
-        return True
+            self.run.rewind(self.stage, self.step, meta.get("metrics") if meta else 0)
+        return path is not None
 
     def advise(self, reason: str) -> str:
         "What to say when a stage can't go on like this."
@@ -444,9 +485,15 @@ class Trainer:
 
     def measure(self) -> tuple[float, str]:  # the number for the curve, and a line about it
         "Bits per byte on validation text, recorded."
-        bpb = self.find_bpb(self.validation())
+        bpb = self.find_bpb(self.interruptible(self.validation()))
         self.log("eval", step=self.step, tokens=self.step * self.step_size, bpb=bpb, seconds=self.seconds)
         return bpb, f"validation {bpb:.4f} bits per byte" + (f"  (floor {self.floor:.4f})" if self.floor else "")
+
+    def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
+        "The batches of a measurement, until somebody asks the run to stop."
+        for batch in batches:
+            self.stop.check(self.device)
+            yield batch
 
     def draw_samples(self) -> list[dict]:
         "A few samples of the model as it is now, on the main rank."
@@ -480,6 +527,29 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         return {"loss": float(loss), "grad_norm": float(norm), "lr_scale": scale, "fault": fault}
+
+# %% ../nbs/50_train.ipynb #77511d6c
+def find_best(
+    run: Run,
+    stage: str,
+) -> int | None:  # a step; None if no checkpoint has been measured
+    "The checkpoint with the fewest bits per byte, or the highest accuracy; of equals the newest."
+    values = {r["step"]: -r["accuracy"] if "accuracy" in r else r["bpb"] for r in run.records(stage, "eval")}
+    found = [(values[step], -step) for path in list_checkpoints(run.path / stage) if math.isfinite(values.get(step := checkpoint_step(path), math.nan))]
+    return -min(found)[1] if found else None
+
+
+def best_checkpoint(
+    run: Run,
+    stage: str,
+) -> Path | None:
+    "The whole checkpoint with the best measurement; the newest if none was measured."
+    step = find_best(run, stage)
+    if step is None:
+        return latest_checkpoint(run.path / stage)
+    path = run.path / stage / f"step_{step:06d}"
+    verify_checkpoint(path)
+    return path
 
 # %% ../nbs/50_train.ipynb #96eb0c75
 def pause(
@@ -538,33 +608,33 @@ def leave_out(
     if t.judge.bad >= t.cfg.bad_steps:
         raise UserError(t.advise(f"after {t.judge.bad} bad steps in a row, the last because {fault}"))
 
-# %% ../nbs/50_train.ipynb #a76a4d57
+# %% ../nbs/50_train.ipynb #36b4d3d7
 def train(
     t: Trainer,  # what to train on what
 ) -> float:  # what is measured at the end: bits per byte on validation text
     "Run a stage to its end, or until it is asked to stop; then its state is saved and `Stopped` is raised."
-    resumed = t.resume()
-    progress = Progress(t.stage, t.steps, t.step_size, t.curves, t.unit, t.floor, quiet=not t.ranks.is_main)
-    peak = peak_flops(t.device, t.dtype) * t.ranks.world
-    t.model.train()
-    with StopRequest(t.run, deadline=read_deadline()) as stop:
-        estimated, began = announce(t, progress, resumed), time.perf_counter()
-        while True:
-            last = t.step >= t.steps
+    with t.run.lock() if t.ranks.is_main else nullcontext(), StopRequest(t.run, deadline=read_deadline()) as t.stop:
+        resumed = t.resume()
+        progress = Progress(t.stage, t.steps, t.step_size, t.curves, t.unit, t.floor, quiet=not t.ranks.is_main)
+        peak = peak_flops(t.device, t.dtype) * t.ranks.world
+        t.model.train()
+        try:
+            estimated, began = announce(t, progress, resumed), time.perf_counter()
+            while not (last := t.step >= t.steps):
+                pause(t, progress, last)
+                t.stop.check(t.device)
+                advance(t, progress, peak)
             value = pause(t, progress, last)
-            if last:
-                break
-            if stop.agreed(t.device):
-                t.save()
-                progress.say(f"{t.stage} stopped by {stop.reason} at step {t.step}; the same command goes on from here")
-                raise Stopped(3)
-            advance(t, progress, peak)
-    progress.close()
-    t.log("summary", step=t.step, result=value, seconds=t.seconds, memory=memory_used(), floor=t.floor,
-          estimated_seconds=estimated, took=time.perf_counter() - began)
+        except StopNow as reason:
+            t.save()
+            progress.say(f"{t.stage} stopped by {reason} at step {t.step}; the same command goes on from here")
+            raise Stopped(3) from None
+        progress.close()
+        t.log("summary", step=t.step, result=value, seconds=t.seconds, memory=memory_used(), floor=t.floor,
+              estimated_seconds=estimated, took=time.perf_counter() - began)
     return value
 
-# %% ../nbs/50_train.ipynb #5caa6c0d
+# %% ../nbs/50_train.ipynb #2073107e
 def read_deadline() -> float | None:  # a time.time(), or None
     "When a job has to end: `NANOCHAT_DEADLINE`, in seconds since 1970, which a job script sets."
     return float(os.environ["NANOCHAT_DEADLINE"]) if os.environ.get("NANOCHAT_DEADLINE") else None
@@ -577,15 +647,22 @@ def announce(
 ) -> float:  # estimated seconds
     "Say, and record, what the stage will do and what it will cost."
     params, config = t.model.num_params(), t.model.config
+    t.log("environment", **describe_machine(t.device))
     parts, tensors = t.estimate()
     seconds, memory = sum(parts.values()), memory_used()  # which the rehearsal has brought to its peak
     if resumed:
         progress.say(f"{t.stage} goes on from step {t.step}")
+    else:
+        for record in t.data:
+            t.log("data", **record)
     if not resumed or t.has_other_settings():
         t.log("config", step=t.step, settings=asdict(t.cfg), model=asdict(config), params=params, steps=t.steps, ranks=t.ranks.world, flops_per_token=t.model.flops_per_token(),
               floor=t.floor, estimated_seconds=seconds, estimated_parts=parts, estimated_bytes=memory, tensor_bytes=tensors)
     progress.say(f"{t.stage}: {format_count(params)} parameters, {t.steps} steps of {format_count(t.step_size)} {t.unit}; about {format_seconds(seconds)} "
                  f"and {format_bytes(memory)} of memory on {t.device.type}, {format_bytes(tensors)} of it for weights, gradients and activations")
+    if parts["saving"] > 0.1 * parts["steps"] > 1:
+        progress.say(f"{t.stage}: checkpoints take {parts['saving'] / parts['steps']:.0%} as long as the steps do; "
+                     f"fewer: --set {t.stage}.save_every={4 * t.cfg.save_every}")
     return seconds
 
 # %% ../nbs/50_train.ipynb #93f9cd76
@@ -813,15 +890,16 @@ def launch(
         path.unlink(missing_ok=True)
     return None
 
-# %% ../nbs/50_train.ipynb #4eaf11fc
+# %% ../nbs/50_train.ipynb #3b21d351
 def load_model(
     run: Run,
     source: str | None = None,  # "base", "mid", "sft" or "rl"; None: the furthest there is
     device: torch.device | None = None,  # None: the best device here
+    best: bool = False,  # True: the checkpoint with the best measurement, False: the last
 ) -> tuple[GPT, Tokenizer, dict]:  # the model, its tokenizer, the checkpoint's meta
     "A run's trained model. Raises `UserError` with the command that trains it if there is none."
     source = source or run.furthest() or "base"
-    path = latest_checkpoint(run.path / source)
+    path = best_checkpoint(run, source) if best else latest_checkpoint(run.path / source)
     if path is None:
         raise UserError(f"run {run.name!r} has no {source} model yet: nanochat run --run {run.name} --stages {source}")
     device = device or get_device()

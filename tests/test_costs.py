@@ -184,7 +184,7 @@ def test_an_estimate_leaves_no_trace(make_trainer, before):
 def test_training_after_an_estimate_is_training_without(make_trainer, monkeypatch):
     with_estimate = make_trainer("with")
     train(with_estimate)
-    monkeypatch.setattr(Trainer, "estimate", lambda t: ({"steps": 0.0}, 0))
+    monkeypatch.setattr(Trainer, "estimate", lambda t: ({"steps": 0.0, "saving": 0.0}, 0))
     without = make_trainer("without")
     train(without)
     assert all(torch.equal(a, b) for a, b in zip(with_estimate.model.state_dict().values(), without.model.state_dict().values()))
@@ -238,7 +238,7 @@ def test_ranks_agree(tmp_path):
 def test_practice_after_an_estimate_is_practice_without(demo_run, monkeypatch):
     cfg, rewards = RLConfig(run="demo", preset="demo", mixture="counting=40", steps=2, questions=4, samples=8, exam_items=4, max_tokens=24, eval_every=2,
                             save_every=2, device_rows=8, lr_scale=1.0, precision="float32"), []
-    for estimate in (RLTrainer.estimate, lambda t: ({"steps": 0.0}, 0)):
+    for estimate in (RLTrainer.estimate, lambda t: ({"steps": 0.0, "saving": 0.0}, 0)):
         monkeypatch.setattr(RLTrainer, "estimate", estimate)
         run_rl(cfg)
         rewards.append([(r["loss"], r["reward"], r["length"]) for r in demo_run.records("rl", "step")])
