@@ -61,7 +61,7 @@ def seal_meta(
     body = {key: value for key, value in meta.items() if key != "seal"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/30_checkpoint.ipynb #b64eb931
+# %% ../nbs/30_checkpoint.ipynb #8d78d8d9
 @contextmanager
 def _explain(path: Path, name: str) -> Iterator[None]:
     "Turn what can go wrong while a file is read into a sentence."
@@ -69,7 +69,11 @@ def _explain(path: Path, name: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(f"cannot read {path / name} ({os.strerror(error.errno)}): chmod -R u+rX {path}") from error
-    except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedCheckpoint(path, name, f"is missing or can't be read ({type(error).__name__})") from error
+    except OSError as error:  # a disk or a network that fails for a moment says nothing about the file
+        raise UserError(f"cannot read {path / name} ({error}): run the same command again") from error
+    except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedCheckpoint(path, name, f"is missing or can't be read ({type(error).__name__})") from error
 
 # %% ../nbs/30_checkpoint.ipynb #6173b2da

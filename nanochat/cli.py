@@ -217,7 +217,7 @@ def doctor(
     report_checks({"preset": preset or "tiny"}, cluster)
     print(f"ready: nanochat {'submit' if site else 'run'} --preset {preset or 'tiny'}{f' --site {site}' if site else ''}")
 
-# %% ../nbs/65_cli.ipynb #2142b559
+# %% ../nbs/65_cli.ipynb #0a967fdd
 def _go_to(site: str | None) -> Any:  # a `Site`, or None
     "Read a site file, and put files where it says."
     from nanochat.jobs import read_site
@@ -241,14 +241,13 @@ def submit(
 ) -> None:
     "Check everything, then queue what is left of a run on a Slurm cluster. Example: nanochat submit --preset d20 --site slurm/ptolemy.env"
     from nanochat.jobs import report_checks, submit_run
-    from nanochat.pipeline import begin_run, keep_choices
+    from nanochat.pipeline import find_choices
     from nanochat.run import Run
 
     cluster, this = _go_to(site), Run(name or preset or "tiny")
-    choices = begin_run(this, preset, corpus, None, read_settings(set_ or [], _configs()))
+    choices = find_choices(this, preset, corpus, None, read_settings(set_ or [], _configs()))
     if not dry_run:
         report_checks(choices, cluster)
-        keep_choices(this, choices)
     ids = submit_run(this, choices, cluster, rl, start, dry_run)
     if ids and not dry_run:
         print(f"follow it with: nanochat status {this.name} --site {site} --watch")

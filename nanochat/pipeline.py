@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OPTIONAL', 'YOUNG', 'SAVING', 'notebook_dir', 'check_stages', 'stage_parameters', 'StageFailed',
-           'Kernels', 'execute_stage', 'merge_choices', 'terminate_gently', 'begin_run', 'keep_choices', 'run_pipeline']
+           'Kernels', 'execute_stage', 'merge_choices', 'terminate_gently', 'find_choices', 'keep_choices',
+           'keep_stage', 'run_pipeline']
 
 # %% ../nbs/58_pipeline.ipynb #4dc2caba
 import json
@@ -180,7 +181,7 @@ def execute_stage(
     except RuntimeError as error:
         raise StageFailed(f"the kernel of {source.name} died ({error}); the same command goes on from the last checkpoint") from None
 
-# %% ../nbs/58_pipeline.ipynb #188fc4cb
+# %% ../nbs/58_pipeline.ipynb #37f03ead
 def merge_choices(
     before: dict[str, Any],  # how a run was begun; empty for a new one
     given: dict[str, Any],  # what is asked for now; None or empty: as before
@@ -210,7 +211,7 @@ def terminate_gently() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def begin_run(
+def find_choices(
     run: Run,
     preset: str | None = None,  # None: the run's own, and tiny for a new one
     corpus: str | None = None,  # None: the run's own, or as the preset says
@@ -227,10 +228,21 @@ def begin_run(
 
 def keep_choices(
     run: Run,
-    choices: dict[str, Any],  # from `begin_run`
+    choices: dict[str, Any],  # from `find_choices`
 ) -> None:
     "Write down how a run was begun."
     atomic_write(run.path / "config.json", json.dumps(choices, indent=2) + "\n")
+
+
+def keep_stage(
+    run: Run,
+    choices: dict[str, Any],
+    stage: str,  # which has taken its settings
+) -> None:
+    "Write down a stage's settings; of a new run all choices."
+    before = run.choices()
+    settings = {stage: choices["settings"].get(stage, {})}
+    keep_choices(run, merge_choices(before, {"settings": settings}) if before else choices)
 
 
 def run_pipeline(
@@ -241,26 +253,32 @@ def run_pipeline(
     shape: dict[str, int | None] | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
     once: dict[str, dict[str, Any]] | None = None,  # settings for this time, which the run doesn't keep
+    patience: float = 0.0,  # seconds to wait for another process that works on this run
 ) -> Run:
     "Execute the stage notebooks in order; a stage that is complete says so and takes no time."
     import time
 
+    from nanochat.train import Stopped
+
     this, chosen, source = Run(run), check_stages(stages), notebook_dir()
-    choices = begin_run(this, preset, corpus, shape, settings)
+    choices = find_choices(this, preset, corpus, shape, settings)
     now = merge_choices(choices, {"settings": once or {}})
     (this.path / "notebooks").mkdir(parents=True, exist_ok=True)
     os.environ |= {"NANOCHAT_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for each other soon sleep: a busy machine stays usable
-    with this.lock("pipeline", patience=0), terminate_gently(), Kernels(this.path / "notebooks" / "kernel.log", len(chosen)) as kernels:
+    with this.lock("pipeline", patience), terminate_gently(), Kernels(this.path / "notebooks" / "kernel.log", len(chosen)) as kernels:
         (this.path / "stop").unlink(missing_ok=True)  # somebody's wish of yesterday
         for stage in chosen:
             start, name = time.perf_counter(), f"{NOTEBOOKS[stage]}.ipynb"
             print(f"--- {stage}", flush=True)
-            execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **now), kernels)
+            try:
+                execute_stage(source / name, this.path / "notebooks" / name, stage_parameters(stage, run, **now), kernels)
+            except (Stopped, KeyboardInterrupt):
+                keep_stage(this, choices, stage)
+                raise
             if not this.stage_done(stage):
                 raise StageFailed(f"{name} ended without completing {stage}; see {this.path / 'notebooks' / name}")
-            if not this.choices():
-                keep_choices(this, choices)
+            keep_stage(this, choices, stage)
             print(f"--- {stage} took {format_seconds(time.perf_counter() - start)}", flush=True)
     keep_choices(this, choices)  # what no stage has refused
     return this

@@ -92,7 +92,7 @@ def _try_lock(handle: int) -> bool:
         warnings.warn(f"this file system has no locks ({os.strerror(error.errno)}): make sure that nobody else trains this run", stacklevel=4)
     return True
 
-# %% ../nbs/48_run.ipynb #2b1537ba
+# %% ../nbs/48_run.ipynb #633a830a
 @dataclass(frozen=True)
 class Run:
     "A training run: a name and the folder that belongs to it."
@@ -142,10 +142,11 @@ class Run:
             return
         kept, end = [], 0
         with hold_file(self.metrics):
-            for line in self.metrics.read_bytes().splitlines(keepends=True):
-                end += len(line)
-                if line.endswith(b"\n") and not _is_redone(json.loads(line), stage, step, size is not None and end > size):
-                    kept.append(line)
+            records = iter(self.records())
+            for line in self.metrics.read_bytes().split(b"\n")[:-1]:
+                end += len(line) + 1
+                if line and not _is_redone(next(records), stage, step, size is not None and end > size):
+                    kept.append(line + b"\n")
             atomic_write(self.metrics, b"".join(kept))
 
     @contextmanager
@@ -195,7 +196,7 @@ class Run:
 
     def has_model(self, source: str) -> bool:
         "Whether a stage has saved a model."
-        return any((self.path / source).glob("step_*"))
+        return any(re.fullmatch(r"step_\d+", path.name) for path in (self.path / source).glob("step_*"))
 
     def furthest(self) -> str | None:
         "The furthest stage that left a model: 'rl', 'sft', 'mid', 'base' or None."

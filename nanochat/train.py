@@ -260,7 +260,7 @@ class StepJudge:
         self.norms = (self.norms + [norm] * (norm > 0))[-50:]
         return ""
 
-# %% ../nbs/50_train.ipynb #b05d667f
+# %% ../nbs/50_train.ipynb #60bb0ad5
 class StopRequest:
     "Whether somebody has asked this run to stop: Ctrl-C, SIGTERM, a file `stop` in the run's folder, or the clock."
 
@@ -273,7 +273,7 @@ class StopRequest:
         self.old: dict[int, Any] = {}
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.reason:  # asked twice: at once
+        if self.reason and number == signal.SIGINT:  # Ctrl-C twice: at once; SIGTERM may come from several sides for one reason
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
@@ -287,7 +287,8 @@ class StopRequest:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
-        self.path.unlink(missing_ok=True)  # it has been obeyed, or there is nothing left to stop
+        if self.reason:  # a wish that came too late for this stage is left for the next one
+            self.path.unlink(missing_ok=True)
 
     def agreed(self, device: torch.device) -> bool:  # the same on all ranks
         "Whether to stop now; all ranks ask together."
@@ -347,7 +348,7 @@ def compute_precision(
         dist.all_reduce(faster, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if faster.item() else torch.float32
 
-# %% ../nbs/50_train.ipynb #874f439f
+# %% ../nbs/50_train.ipynb #68ab7b94
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -448,12 +449,12 @@ class Trainer:
                 "position": self.loader.position, "seconds": self.seconds, "steps": self.steps, "random": random_state(),
                 "precision": [self.device.type, str(self.dtype).removeprefix("torch.")], "metrics": self.run.sync() if self.ranks.is_main else 0,
                 "norms": self.judge.norms, "bad": self.judge.bad}
-        best = find_best(self.run, self.stage) if self.cfg.keep_best else None
+        best = find_best(self.run, self.stage) if self.cfg.keep_best and self.ranks.is_main else None
         save_checkpoint(directory, self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.ranks, self.cfg.keep, {best})
 
     def resume(self) -> bool:
         "Go on from the newest checkpoint of this stage, if there is one; what was recorded after it is dropped."
-        path, meta = latest_checkpoint(self.directory), {}
+        path, meta = self.find_checkpoint(), {}
         if path is not None:
             tensors, state, meta = load_checkpoint(path, device=self.device, optim=True)
             load_weights(self.model, tensors)
@@ -468,6 +469,15 @@ class Trainer:
         if self.ranks.is_main:
             self.run.rewind(self.stage, self.step, meta.get("metrics") if meta else 0)
         return path is not None
+
+    def find_checkpoint(self) -> Path | None:
+        "The newest whole checkpoint, as the main rank finds it: it alone knows that nobody writes any more."
+        path = latest_checkpoint(self.directory) if self.ranks.is_main else None
+        if self.ranks.world == 1:
+            return path
+        step = torch.tensor(checkpoint_step(path) if path else -1, device=self.device)
+        dist.broadcast(step, src=0)
+        return self.directory / f"step_{step.item():06d}" if step >= 0 else None
 
     def advise(self, reason: str) -> str:
         "What to say when a stage can't go on like this."
@@ -757,7 +767,7 @@ def srun_command(
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
     return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--unbuffered", *([f"--cpus-per-task={cpus}"] if cpus else [])]
 
-# %% ../nbs/50_train.ipynb #f351943d
+# %% ../nbs/50_train.ipynb #7496e624
 class RankProcesses:
     "One process for each rank: their lines are passed on, and the first that fails ends the others."
 
@@ -768,7 +778,9 @@ class RankProcesses:
         environment: dict[str, str],  # all of it, but for the ranks' numbers
         grace: float = 5.0,  # seconds that the others have after one has failed
         nodes: Sequence[str] = (),  # names of the machines of a Slurm job, this one first; empty: this machine alone
+        stop: Path | None = None,  # the file by which ranks on other machines are asked to stop: srun doesn't pass SIGTERM on, it ends them
     ):
+        self.stop = stop if nodes else None
         self.count, self.grace, self.lines, self.failures = count * max(1, len(nodes)), grace, queue.Queue(), []
         with socket.socket() as free:
             free.bind(("", 0))
@@ -807,6 +819,13 @@ class RankProcesses:
             with suppress(ProcessLookupError, PermissionError):  # it has just ended
                 os.killpg(self.processes[rank].pid, number)
 
+    def ask(self) -> None:
+        "Ask all ranks to save and to stop."
+        if self.stop:
+            self.stop.touch()
+        else:
+            self.send(signal.SIGTERM)
+
     def wait(self) -> tuple[list[int], list[int]]:  # exit codes; ranks that had to be killed
         "Pass lines on until all ranks have ended."
         end, killed = math.inf, []
@@ -824,13 +843,13 @@ class RankProcesses:
 
     def follow(self) -> None:
         "Wait for all ranks; Ctrl-C and SIGTERM let them save first, the second time they don't. Raises what the first failure was."
-        signals = iter([signal.SIGTERM])
+        wishes = iter([self.ask])
         here = threading.current_thread() is threading.main_thread()  # where alone signals arrive
-        old = signal.signal(signal.SIGTERM, lambda *_: self.send(next(signals, signal.SIGKILL))) if here else None
+        old = signal.signal(signal.SIGTERM, lambda *_: next(wishes, lambda: self.send(signal.SIGKILL))()) if here else None
         try:
             codes, killed = self.wait()
         except KeyboardInterrupt:
-            self.send(signal.SIGTERM)
+            self.ask()
             self.wait()
             raise
         finally:
@@ -867,7 +886,7 @@ class RankProcesses:
             return
         raise RuntimeError(f"{what}; all ranks were ended, and the same command goes on from the last checkpoint")
 
-# %% ../nbs/50_train.ipynb #e7948fc6
+# %% ../nbs/50_train.ipynb #f39432ec
 def launch(
     work: Callable[[Any], Any],  # a stage's function; takes the configuration, runs on every rank
     cfg: Any,  # a frozen dataclass with `device` and `processes`
@@ -883,9 +902,11 @@ def launch(
     read_timeout()
     path = atomic_write(Run(cfg.run).path / f"launch_{cfg.STAGE}.json", json.dumps(asdict(cfg)))
     command = [sys.executable, "-c", "from nanochat.train import run_worker; run_worker()", str(0 if nodes else os.getpid()), module, work.__name__, type(cfg).__name__, str(path)]
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # those that a job may use
+    threads = str(max(1, cores // count))
     try:
-        RankProcesses(command, count, {"OMP_NUM_THREADS": threads, **os.environ, "NANOCHAT_PROGRESS": "lines", "PYTHONUNBUFFERED": "1"}, nodes=nodes).follow()
+        RankProcesses(command, count, {"OMP_NUM_THREADS": threads, **os.environ, "NANOCHAT_PROGRESS": "lines", "PYTHONUNBUFFERED": "1"}, nodes=nodes,
+                      stop=Run(cfg.run).path / "stop").follow()
     finally:
         path.unlink(missing_ok=True)
     return None
