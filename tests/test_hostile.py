@@ -308,7 +308,7 @@ def test_a_shard_that_is_removed_while_training_is_named_and_the_state_is_saved(
                 path.unlink(missing_ok=True)
         return real()
     t.train_step = rob
-    t.estimate = lambda: ({"steps": 0.0}, 0)
+    t.estimate = lambda: ({"steps": 0.0, "saving": 0.0}, 0)
     with pytest.raises(UserError, match=r"shard_[23].parquet is missing: run the same command again"):
         train(t)
     found = latest_checkpoint(Run("robbed").path / "base")
@@ -359,7 +359,7 @@ def write_notebook(disk):
 
     source = write_notebook(disk.parent / "a.ipynb", "print('x' * 100_000)")
     with Kernels(disk.parent / "kernel.log", 1) as kernels:
-        execute_stage(source, disk / "notebooks" / "a.ipynb", {}, kernels.take())
+        execute_stage(source, disk / "notebooks" / "a.ipynb", {}, kernels)
 
 
 def write_report(disk):

@@ -158,8 +158,8 @@ def test_unknown_tasks(name, words):  # and numbers that make no sense
 
 @pytest.mark.parametrize("line, words", [
     ("{", "not a conversation"), ("[]", "at least one message"), ('[{"role": "user", "content": "x"}]', "last message"),
-    ('[{"role": "robot", "content": "x"}]', "robot"), ('{"messages": 7}', "not a conversation"), ('[{"role": "user"}, {"role": "assistant", "content": "y"}]', "message 0"),
-    ("[1, 2]", "not a conversation"), ("null", "at least one message"), ('"text"', "not a conversation"),
+    ('[{"role": "robot", "content": "x"}]', "robot"), ('{"messages": 7}', "a list of messages"), ('[{"role": "user"}, {"role": "assistant", "content": "y"}]', "message 0"),
+    ("[1, 2]", "a list of messages"), ("null", "a list of messages"), ('"text"', "a list of messages"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, words):
     good = json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
@@ -366,7 +366,7 @@ def test_core_and_words_are_fetched(real_data, tmp_path):
     url, base = f"http://127.0.0.1:{server.server_port}", tmp_path / "base"
     environment = {"NANOCHAT_TEST_DATA": "", "NANOCHAT_EVAL_BUNDLE_URL": f"{url}/core.zip", "NANOCHAT_WORDS_URL": f"{url}/words.txt"}
     core = call_nanochat(base, "fetch", "core", environment=environment)
-    assert core.returncode == 0 and "core: 2 tasks with 373 items" in core.stdout and not (base / "eval_bundle.zip").exists(), core.stdout + core.stderr
+    assert core.returncode == 0 and "CORE: 2 tasks, 373 items" in core.stdout and not (base / "eval_bundle.zip").exists(), core.stdout + core.stderr
     words = call_nanochat(base, "fetch", "words", environment=environment)
     assert words.returncode == 0 and re.search(r"[1-9]\d* to learn and \d+ to test with", words.stdout), words.stdout + words.stderr
     gone = call_nanochat(base, "fetch", "core", environment=environment | {"NANOCHAT_EVAL_BUNDLE_URL": f"{url}/nothing.zip"})
