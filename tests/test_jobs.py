@@ -115,7 +115,9 @@ def test_stopped_and_lost_it_goes_on(cluster, site, whole):
 
 def test_two_nodes_with_two_ranks_each_equal_one_process(cluster, site, whole):
     site.write_text(site.read_text() + "SITE_NODES=2\n")
-    _, ids = submit(cluster, site, "--preset", "demo", "--run", "wide", *QUICK, "--set", "base.processes=2", "--set", "base.device_rows=2")
+    few = [part for pair in ("base.processes=2", "base.device_rows=2", "mid.device_rows=8", "sft.device_rows=8") for part in ("--set", pair)]
+    done, ids = submit(cluster, site, "--preset", "demo", "--run", "wide", *QUICK, *few)
+    assert len(ids) == 8, done.stdout
     assert cluster.wait_for(ids[1])["JobState"] == "COMPLETED", log_of(site, "wide", "base")
     cluster.call("scancel", *ids[2:])
     config = json.loads(next(line for line in (folder(site, "wide") / "metrics.jsonl").read_text().splitlines() if '"base", "kind": "config"' in line))
