@@ -198,7 +198,7 @@ def attend(
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
 
-# %% ../nbs/20_attention.ipynb #1c64ecbd
+# %% ../nbs/20_attention.ipynb #ddeb8aa4
 class KVCache:
     "Keys and values of the past, for all layers and for rows of different lengths."
 
@@ -236,12 +236,13 @@ class KVCache:
         self.store = self.data = self.data.index_select(2, index)
         self._count(self.lengths[index])
 
-    def append(self, other: "KVCache") -> None:
-        "Take in the rows of another cache of this model, behind the own ones; `other` is left as it is."
+    def append(self, other: "KVCache", most: int | None = None) -> None:
+        "Take in the rows of another cache of this model, behind the own ones; `other` is left as it is. There are never more than `most` rows."
         rows, total = self.data.size(2), self.data.size(2) + other.data.size(2)
         if self.store.size(2) < total:  # twice as many as needed, so that all moves together cost less than two of each row
+            spacious = max(total, min(2 * total, most or 2 * total))
             layers, two, _, *rest = self.store.shape
-            self.store = self.store.new_zeros(layers, two, 2 * total, *rest)
+            self.store = self.store.new_zeros(layers, two, spacious, *rest)
             self.store[:, :, :rows, :, : self.longest] = self.data[..., : self.longest, :]
         self.data = self.store[:, :, :total]
         self.data[:, :, rows:, :, : other.longest] = other.data[..., : other.longest, :]

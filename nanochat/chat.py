@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['HELP', 'EXAMPLES', 'ChatSession', 'reply', 'chat', 'show_exchanges']
 
-# %% ../nbs/60_chat.ipynb #af202d6f
+# %% ../nbs/60_chat.ipynb #fba05b87
 import codecs
 import sys
 from collections.abc import Iterator
 
 from .common import UserError
-from .conversation import fit_prompt, parse_reply
+from .conversation import fit_prompt, parse_reply, render_document
 from .engine import Engine
 from .run import Run
 
-# %% ../nbs/60_chat.ipynb #a6839959
+# %% ../nbs/60_chat.ipynb #41461a98
 class ChatSession:
     "A conversation with a model."
 
@@ -26,8 +26,10 @@ class ChatSession:
         top_k: int | None = 50,
         max_tokens: int = 256,  # of a reply
         seed: int = 0,
+        source: str = "sft",  # the model's stage; a "base" model continues a text
     ):
         self.engine, self.temperature, self.top_k, self.max_tokens, self.seed = engine, temperature, top_k, max_tokens, seed
+        self.source = source
         self.messages: list[dict] = []
         self.dropped = 0  # messages that no longer fit
 
@@ -36,7 +38,9 @@ class ChatSession:
         self.messages, self.dropped = [], 0
 
     def fit(self) -> list[int]:
-        "The prompt, without the oldest turns if they don't fit."
+        "The prompt, without the oldest turns if they don't fit; for a base model the last text alone."
+        if self.source == "base":
+            return render_document(self.engine.tokenizer, self.messages)
         prompt, more = fit_prompt(self.engine.tokenizer, self.messages[self.dropped :], self.engine.model.config.context)
         self.dropped += more
         return prompt
@@ -67,7 +71,7 @@ class ChatSession:
             if self.messages and self.messages[-1]["role"] == "user":
                 self.messages.append({"role": "assistant", "content": parse_reply(tokenizer, ids) or ""})
 
-# %% ../nbs/60_chat.ipynb #e311700a
+# %% ../nbs/60_chat.ipynb #3cce27fc
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops a reply."
 
 
@@ -122,10 +126,10 @@ def show_exchanges(
     "Ask a run's furthest model a few questions, and print the exchanges."
     from nanochat.train import load_model
 
-    model, tokenizer, _ = load_model(run)
+    model, tokenizer, meta = load_model(run)
     exchanges = []
     for prompt in prompts:
-        session = ChatSession(Engine(model, tokenizer))
+        session = ChatSession(Engine(model, tokenizer), source=meta["stage"])
         answer = "".join(session.ask(prompt))
         print(f"\n> {prompt}\n{answer}")
         exchanges.append((prompt, answer))

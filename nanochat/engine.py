@@ -42,16 +42,16 @@ def keep_nucleus(
     before[:, 0] = -1
     return p.masked_fill(torch.empty_like(before).scatter_(-1, ids, before) >= top_p, 0)
 
-# %% ../nbs/32_engine.ipynb #01ea074a
+# %% ../nbs/32_engine.ipynb #0c955a3f
 def sample_tokens(
     logits: Tensor,  # (B, V)
     uniforms: Tensor,  # (B,) in [0, 1), one random number a row
-    temperature: float = 1.0,  # 0: the likeliest token
+    temperature: float = 1.0,  # below 1e-5: the likeliest token
     top_k: int | None = None,  # choose among the k likeliest; None: all
     top_p: float = 1.0,  # choose among the likeliest that together have this probability, 0..1
 ) -> Tensor:  # (B,) int64
     "Choose the next token of each row."
-    if temperature == 0:
+    if temperature < 1e-5:  # 0, or so near that a score divided by it might be infinite
         return logits.argmax(dim=-1)
     ids = None
     if top_k and top_k < logits.size(-1):
@@ -119,7 +119,7 @@ class Row:
         elif self.call is not None:
             self.call.append(token)
 
-# %% ../nbs/32_engine.ipynb #e305000e
+# %% ../nbs/32_engine.ipynb #902e6cc2
 PIECE = {"cpu": 2**12, "cuda": 2**18, "mps": 2**16}  # tokens that are read at once: what fits a CPU's cache, or a GPU's memory
 
 
@@ -128,11 +128,13 @@ def prefill(
     model: GPT,
     prompts: Sequence[Sequence[int]],  # B prompts of any lengths from 1
     size: int,  # positions of the cache, at least those of the longest prompt
+    joined: dict[int, Tensor] | None = None,  # joined weights of another cache of this model, to be shared; None: own ones
 ) -> tuple[Tensor, KVCache]:  # scores of each row's next token (B, V), and a cache of B rows
     "Read prompts, each distinct one once."
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     distinct, lengths, device = list(place), [len(prompt) for prompt in place], model.cos.device
     cache, last = model.new_cache(len(place), size), []
+    cache.joined = cache.joined if joined is None else joined
     count = max(1, PIECE[device.type] // max(lengths))  # rows
     for start in range(0, len(place), count):
         part, ends = distinct[start : start + count], lengths[start : start + count]

@@ -424,7 +424,7 @@ def run_engines(
     "The models that a run has."
     return {source: partial(lambda source: Engine(*load_model(run, source)[:2]), source) for source in reversed(SOURCES) if run.has_model(source)}
 
-# %% ../nbs/62_widgets.ipynb #e37dc976
+# %% ../nbs/62_widgets.ipynb #24571552
 class ChatPanel(Panel):
     "A conversation, and the models to have it with."
 
@@ -466,7 +466,7 @@ class ChatPanel(Panel):
     def take_session(self) -> ChatSession:
         "The conversation so far, with the model and the temperature that are chosen now."
         engine, old = self.engines[self.source.value](), self.session
-        self.session = ChatSession(engine, temperature=self.heat.value, seed=old.seed if old else 0)
+        self.session = ChatSession(engine, temperature=self.heat.value, seed=old.seed if old else 0, source=self.source.value)
         if old:
             self.session.messages = old.messages
         return self.session
@@ -493,7 +493,7 @@ class ChatPanel(Panel):
         finally:
             self.ask.disabled, self.halt.disabled = False, True
 
-# %% ../nbs/62_widgets.ipynb #fd7824fe
+# %% ../nbs/62_widgets.ipynb #3c62292d
 def chat_panel(
     engines: dict[str, Callable[[], Engine]],  # by name, as from `run_engines`; the first is asked first
     prompts: Sequence[str] = ("Hello! Who are you?", "What is 27 + 45?"),  # asked where nobody can type
@@ -502,7 +502,7 @@ def chat_panel(
     name, load = next(iter(engines.items()))
     pages, lines = [], []
     for prompt in () if in_notebook() else prompts:
-        session = ChatSession(load())
+        session = ChatSession(load(), source=name)
         lines += [f"> {prompt}", "".join(session.ask(prompt))]
         pages += [message_html("you", prompt), message_html(name, session.messages[-1]["content"])]
     still = Still("".join(pages) or "<p>A chat; it needs a kernel.</p>", "\n".join(lines) or "a chat; it needs a kernel")
