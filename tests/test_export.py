@@ -152,7 +152,9 @@ def test_transformers_gives_the_same_logits_for_a_trained_model(shown, trained, 
     hf_model = AutoModelForCausalLM.from_pretrained(shown[source])
     assert type(hf_model).__name__ == "NanoChatForCausalLM"
     texts = [[tokenizer.bos, *tokenizer.encode(d.text)][:100] for _, d in zip(range(30), write_documents(seed=9))]
-    assert max(largest_difference(model, hf_model, torch.tensor([ids])) for ids in texts) < 1e-5
+    eager = AutoModelForCausalLM.from_pretrained(shown[source], attn_implementation="eager")
+    rounding = max(largest_difference(lambda ids: eager(ids).logits, hf_model, torch.tensor([ids])) for ids in texts)  # of the library's two routines
+    assert rounding < 1e-4 and max(largest_difference(model, hf_model, torch.tensor([ids])) for ids in texts) < max(1e-5, 6 * rounding)
     wrong = AutoModelForCausalLM.from_pretrained(shown[source], rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     assert largest_difference(model, wrong, torch.tensor([texts[0]])) > 1e-3  # the bar can be missed
 
