@@ -6,8 +6,8 @@
 __all__ = ['HF_NAMES', 'OWN_NAMES', 'SHARD_BYTES', 'CHAT_TEMPLATE', 'DTYPES', 'HF_SIZES', 'HF_DEFAULTS', 'PUBLIC_SIZES',
            'rename_tensor', 'write_weights', 'describe_model', 'special_ids', 'byte_letters', 'split_token',
            'describe_tokenizer', 'write_usage', 'write_card', 'check_target', 'choose_license', 'export_hf',
-           'describe_files', 'tensor_shapes', 'check_weights', 'read_json', 'read_weights', 'make_sizes', 'read_config',
-           'find_pattern', 'check_special', 'read_tokenizer', 'Found', 'read_hf', 'read_encoding',
+           'describe_files', 'tensor_shapes', 'check_weights', 'read_json', 'show_error', 'read_weights', 'make_sizes',
+           'read_config', 'find_pattern', 'check_special', 'read_tokenizer', 'Found', 'read_hf', 'read_encoding',
            'read_public_tokenizer', 'read_pt', 'read_public', 'import_model', 'check_place', 'HarnessModel',
            'write_texts', 'harness_model', 'run_harness']
 
@@ -285,7 +285,7 @@ def describe_files(
                                       "pad_token": "<|bos|>", "padding_side": "left", "clean_up_tokenization_spaces": False,
                                       "model_max_length": config.context, "model_input_names": ["input_ids", "attention_mask"]}}
 
-# %% ../nbs/64_export.ipynb #f050fe92
+# %% ../nbs/64_export.ipynb #1cde23cc
 def tensor_shapes(
     config: GPTConfig,
 ) -> dict[str, tuple[int, int]]:  # name -> (rows, columns)
@@ -306,17 +306,21 @@ def check_weights(
         raise UserError(f"{place} describes {config.depth} blocks and holds {len(tensors)} tensors: its files don't belong together")
     shapes = tensor_shapes(config)
     if unknown := sorted(set(tensors) - set(shapes)):
-        raise UserError(f"{place} holds {len(unknown)} tensors that this model doesn't have ({', '.join(unknown[:6])}{', ...' if len(unknown) > 6 else ''}): "
+        names = ", ".join(f"{name!r:.80}" for name in unknown[:6])
+        raise UserError(f"{place} holds {len(unknown)} tensors that this model doesn't have ({names}{', ...' if len(unknown) > 6 else ''}): "
                         "it is another kind of model, such as a nanochat of 2026, and leaving them out would change it")
     if missing := sorted(set(shapes) - set(tensors)):
         raise UserError(f"{place} lacks {len(missing)} tensors of this model ({', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}): "
                         "fetch all of its files again")
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape or tensors[name].dtype not in DTYPES.values():
-            raise UserError(f"{place}: tensor {name} is {list(tensors[name].shape)} of {tensors[name].dtype}, and the described model has {list(shape)} of "
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
+            raise UserError(f"{place}: tensor {name} is {list(tensor.shape)} of {tensor.dtype}, and the described model has {list(shape)} of "
                             f"{', '.join(DTYPES)}: its files don't belong together")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():  # a small file could stand for any amount of memory
+            raise UserError(f"{place}: tensor {name} does not hold each of its numbers, one behind the other: fetch it again, or save it as it is in memory")
 
-# %% ../nbs/64_export.ipynb #d81035bd
+# %% ../nbs/64_export.ipynb #8fc152f9
 def read_json(
     path: Path,
 ) -> dict[str, Any]:
@@ -330,6 +334,13 @@ def read_json(
     if not isinstance(body, dict):
         raise UserError(f"{path} is not a JSON object: fetch it again")
     return body
+
+
+def show_error(
+    error: Exception,  # about a file whose words nobody has checked
+) -> str:  # one line of at most 200 characters, all of them printable
+    "What a library says of a damaged file, fit for a terminal."
+    return "".join(c for c in " ".join(str(error).split()) if c.isprintable())[:200]
 
 
 def read_weights(
@@ -351,10 +362,10 @@ def read_weights(
         except FileNotFoundError:
             raise UserError(f"{folder / file} is missing: fetch all of the model's files again") from None
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / file} is damaged ({' '.join(str(error).split())}): fetch it again") from error
+            raise UserError(f"{folder / file} is damaged ({show_error(error)}): fetch it again") from error
     return tensors
 
-# %% ../nbs/64_export.ipynb #7f315d87
+# %% ../nbs/64_export.ipynb #bfa8ce70
 HF_SIZES = {"vocab_size": "vocab_size", "depth": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads",
             "kv_heads": "num_key_value_heads", "context": "max_position_embeddings"}
 HF_DEFAULTS = {"hidden_act": "relu2", "final_logit_softcapping": 15.0, "attention_bias": False, "tie_word_embeddings": False}
@@ -365,7 +376,7 @@ def make_sizes(
     place: Path,  # the file
 ) -> GPTConfig:
     "Sizes that someone else wrote down. Raises `UserError` if they describe no model."
-    if wrong := {name: value for name, value in sizes.items() if type(value) is not int or value > 2**24}:
+    if wrong := {name: value for name, value in sizes.items() if type(value) is not int or value > (2**20 if name == "context" else 2**24)}:
         raise UserError(f"{place} gives no usable {', '.join(f'{name} ({value!r})' for name, value in wrong.items())}: fetch it again")
     try:
         return GPTConfig(**sizes)
@@ -382,7 +393,12 @@ def read_config(
         raise UserError(f"{path} describes a model of type {body.get('model_type')!r}, and only nanochat models can be imported")
     body = {"num_key_value_heads": body.get("num_attention_heads")} | {key: value for key, value in body.items() if value is not None}
     config = make_sizes({name: body.get(key) for name, key in HF_SIZES.items()}, path)
-    rope = body.get("rope_parameters") or body.get("rope_scaling") or {}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):  # the older spelling, and the newer one
+        rotary = body.get(key, {})
+        if not isinstance(rotary, dict) or set(rotary) - {"rope_type", "rope_theta"}:
+            raise UserError(f"{path} has {key} {rotary!r:.200}, and this model knows rope_type and rope_theta: it is another kind of model and is not imported")
+        rope |= rotary
     asked = {"intermediate_size": (body.get("intermediate_size", 8192), 4 * config.width), "rope_type": (rope.get("rope_type", "default"), "default"),
              "rope_theta": (rope.get("rope_theta", body.get("rope_theta", 10_000)), 10_000),
              "head_dim": (body.get("head_dim", config.width // config.heads), config.width // config.heads),
@@ -395,7 +411,7 @@ def read_config(
         raise UserError(f"{path} has rms_norm_eps {eps!r}, and this model computes with {EPS:.1e}: it is another kind of model and is not imported")
     return config, [f"the normalisation adds {EPS:.1e} here and {eps:.1e} there, so logits may differ by about 1e-3"] if abs(eps / EPS - 1) > 0.01 else []
 
-# %% ../nbs/64_export.ipynb #1050aa05
+# %% ../nbs/64_export.ipynb #b46f6643
 def find_pattern(
     body: dict[str, Any],  # tokenizer.json
 ) -> str:  # how text is cut before merging
@@ -432,15 +448,15 @@ def read_tokenizer(
             raise ValueError("its tokens are not byte-pair encoding with ids from 0")
         check_special(special, len(spelled))
         ranks = {token: i for i, token in spelled}
-        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in bpe["merges"]]
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in bpe.get("merges", [])]
         made = [ranks[left + right] for left, right in pairs]
         if made != sorted(made):
             raise ValueError("its merges are not in the order of its tokens")
         return Tokenizer([bytes(bytes_of[letter] for letter in token) for _, token in spelled], pattern)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} can't be used ({type(error).__name__}: {error}): it is damaged, or not the tokenizer of a nanochat model") from error
+        raise UserError(f"{path} can't be used ({type(error).__name__}: {show_error(error)}): it is damaged, or not the tokenizer of a nanochat model") from error
 
-# %% ../nbs/64_export.ipynb #4d02df21
+# %% ../nbs/64_export.ipynb #2600e11a
 class Found(NamedTuple):
     "A model in a folder that someone else wrote."
     config: GPTConfig
@@ -449,6 +465,12 @@ class Found(NamedTuple):
     step: int  # 0: not known
     note: dict[str, Any]  # what the folder says of itself: stage, license, ...
     remarks: list[str]  # for the user
+
+    @property
+    def license(self) -> str | None:  # an identifier; None: not known
+        "What the folder says of its licence, if that can be one."
+        license = self.note.get("license")
+        return license if isinstance(license, str) else None
 
 
 def read_hf(
@@ -507,7 +529,7 @@ def read_encoding(
         raise ValueError("it holds no tokenizer")
     return stack[0]
 
-# %% ../nbs/64_export.ipynb #2cc82529
+# %% ../nbs/64_export.ipynb #38c571e2
 def read_public_tokenizer(
     path: Path,  # tokenizer.pkl
 ) -> Tokenizer:
@@ -522,7 +544,7 @@ def read_public_tokenizer(
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy tokenizer.pkl, or a tokenizer.json of Hugging Face, beside the weights") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not read, because {error}: put a tokenizer.json of Hugging Face in its place") from error
+        raise UserError(f"{path} is not read, because {show_error(error)}: put a tokenizer.json of Hugging Face in its place") from error
 
 
 def read_pt(
@@ -532,8 +554,7 @@ def read_pt(
     try:  # the only torch.load of this project: weights_only=True refuses every name that tensors don't need
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is not read, because it is damaged or holds more than weights ({type(error).__name__}: {reason}): fetch it again") from error
+        raise UserError(f"{path} is not read, because it is damaged or holds more than weights ({type(error).__name__}: {show_error(error)}): fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
         raise UserError(f"{path} holds no dictionary of tensors: fetch it again")
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}  # torch.compile puts the prefix there
@@ -552,14 +573,14 @@ def read_public(
     path, meta = folder / f"model_{max(steps):06d}.pt", folder / f"meta_{max(steps):06d}.json"
     sizes = read_json(meta).get("model_config")
     if not isinstance(sizes, dict) or (unknown := sorted(set(sizes) - set(PUBLIC_SIZES.values()))):
-        raise UserError(f"{meta} " + (f"has settings that this model doesn't know ({', '.join(unknown)}): it is another kind of model, such as a nanochat of 2026"
+        raise UserError(f"{meta} " + (f"has settings that this model doesn't know ({', '.join(map(repr, unknown))}): it is another kind of model, such as a nanochat of 2026"
                                       if isinstance(sizes, dict) else "has no model_config: fetch it again"))
     config = make_sizes({name: sizes.get(key) for name, key in PUBLIC_SIZES.items()}, meta)
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else read_public_tokenizer(folder / "tokenizer.pkl")
     remarks = ["the public program rounds its rotary tables to bfloat16 and this one doesn't, so logits may differ by about 1e-2"]
     return Found(config, read_pt(path), tokenizer, max(steps), {}, remarks)
 
-# %% ../nbs/64_export.ipynb #ae6e66d5
+# %% ../nbs/64_export.ipynb #0538f2f8
 def import_model(
     run: Run,  # new, or one with the same tokenizer and without this stage
     directory: Path | str,  # the format of Hugging Face, or the public nanochat's
@@ -579,7 +600,7 @@ def import_model(
     meta = {"stage": source, "model": asdict(found.config), "tokenizer_hash": found.tokenizer.hash, "imported": True}
     save_checkpoint(run.path / source, found.step, found.tensors, {}, meta)
     params, c = sum(tensor.numel() for tensor in found.tensors.values()), found.config
-    record = {"origin": folder.resolve().name, "model": asdict(c), "params": params, "step": found.step, "license": found.note.get("license"),
+    record = {"origin": folder.resolve().name, "model": asdict(c), "params": params, "step": found.step, "license": found.license,
               "flops_per_token": 6 * (params - c.vocab_size * c.width) + 12 * c.depth * c.width * c.context, "remarks": found.remarks}
     run.log("tokenizer", "summary", vocab_size=found.tokenizer.vocab_size, hash=found.tokenizer.hash)
     run.log(source, "import", **record)
@@ -599,7 +620,7 @@ def check_place(
     if taken:
         raise UserError(f"run {run.name!r} has a {source} model or another tokenizer already: nanochat import DIRECTORY --run ANOTHER-NAME")
 
-# %% ../nbs/64_export.ipynb #1c9153d5
+# %% ../nbs/64_export.ipynb #8c4a3385
 class HarnessModel:
     "What `lm_eval` asks of a model, answered by ours."
 
@@ -612,36 +633,58 @@ class HarnessModel:
         self.engine, self.batch, self.prompts = engine, batch, {}  # `prompts`: rendered conversation -> token ids
 
     @property
-    def tokenizer_name(self) -> str:
+    def tokenizer_name(self) -> str:  # 64 hexadecimal digits
+        "What distinguishes this tokenizer from others, for the harness's memory of requests."
         return self.engine.tokenizer.hash
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
+    def chat_template(
+        self,
+        chat_template: bool | str = False,  # whether there is to be one; a name is as good as True
+    ) -> str:  # empty: none
+        "The template that the harness notes beside its results."
         return CHAT_TEMPLATE if chat_template else ""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        chat_history: list[dict[str, str]],  # messages with role and content
+        add_generation_prompt: bool = True,  # the harness gives it; a reply always comes next here
+    ) -> str:  # with the names of the marks
         "A conversation as a string; its tokens are remembered."
         ids = render_prompt(self.engine.tokenizer, chat_history)
         text = self.engine.tokenizer.decode(ids)
         self.prompts[text] = ids
         return text
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(
+        self,
+        text: str,  # a document's beginning, or what `apply_chat_template` gave
+    ) -> list[int]:  # token ids
         "The tokens of a context: a conversation's own, or bos and the text."
         return self.prompts.get(text) or [self.engine.tokenizer.bos, *self.engine.tokenizer.encode(text)]
 
-    def encode_pair(self, context: str, continuation: str) -> Text:
+    def encode_pair(
+        self,
+        context: str,  # may be empty
+        continuation: str,  # what is scored
+    ) -> Text:
         "A context and its continuation, and where the part that counts begins."
         if (ids := self.prompts.get(context)) is not None:
             return Text(ids + self.engine.tokenizer.encode(continuation), len(ids))
         before, whole = self.encode_prompt(context), self.encode_prompt(context + continuation)
         return Text(whole, max(1, common_prefix([before, whole])))
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self,
+        requests: Sequence[Any],  # `args`: context, continuation
+    ) -> list[tuple[float, bool]]:  # for each request
         "Log-probability of each continuation in nats, and whether it is the greedy one."
         groups = [[self.encode_pair(*request.args) for request in group] for _, group in groupby(requests, lambda request: request.args[0])]
         return [(score.logprob, score.greedy) for group in score_texts(self.engine.model, groups, self.batch) for score in group]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+    def loglikelihood_rolling(
+        self,
+        requests: Sequence[Any],  # `args`: a text
+    ) -> list[float]:  # for each request, at most 0
         "Log-probability of each text in nats; a long one is read in windows, each token once."
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -651,7 +694,10 @@ class HarnessModel:
             groups.append([Text([*before, *new], len(before)) for before, new in windows])
         return [sum(score.logprob for score in group) for group in score_texts(self.engine.model, groups, self.batch)]
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+    def generate_until(
+        self,
+        requests: Sequence[Any],  # `args`: context, settings as in `write_texts`
+    ) -> list[str]:  # for each request
         "What the model writes, up to the first of the strings that end it; tool calls are computed, and left out of the text."
         replies: dict[int, str] = {}
         ordered = sorted(range(len(requests)), key=lambda i: json.dumps(requests[i].args[1], sort_keys=True))

@@ -39,7 +39,7 @@ def limit_chars(
         if total >= max_chars:
             return
 
-# %% ../nbs/11_tokenizer.ipynb #177f4c31
+# %% ../nbs/11_tokenizer.ipynb #4937258c
 def _without_surrogates(text: str) -> str:
     "Text that UTF-8 can write."
     return text if text.isascii() else text.encode("utf-8", errors="replace").decode()
@@ -50,9 +50,11 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokens: list[bytes],  # the ordinary tokens in the order of their ids
+        tokens: list[bytes],  # the ordinary tokens in the order of their ids, every byte among them, or else `ValueError`
         pattern: str = SPLIT_PATTERN,  # how text is cut before merging
     ):
+        if not {bytes([i]) for i in range(256)} <= set(tokens):
+            raise ValueError("not every byte is a token")
         self.tokens, self.pattern = tokens, pattern
         self.special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.bos, self.vocab_size = self.special["<|bos|>"], len(tokens) + len(SPECIAL_TOKENS)
@@ -123,8 +125,6 @@ class Tokenizer:
             tokens = [bytes.fromhex(token) for token in body["tokens"]]
             if body["format"] != 1 or body["special"] != list(SPECIAL_TOKENS) or len(set(tokens)) != len(tokens):
                 raise ValueError("unknown format, other special tokens, or a token twice")
-            if not {bytes([i]) for i in range(256)} <= set(tokens):
-                raise ValueError("not every byte is a token")
             return cls(tokens, str(body["pattern"]))
         except FileNotFoundError:
             raise UserError(f"{path} is missing: nanochat run --stages tokenizer") from None

@@ -10,10 +10,9 @@ __all__ = ['CUTS', 'INK', 'CURVES', 'Still', 'Panel', 'show', 'react', 'name_tok
            'figure_html', 'stage_points', 'describe_progress', 'Watcher', 'watch_run', 'curve_points',
            'differing_settings', 'compare_results', 'draw_runs', 'compare_html', 'compare_runs']
 
-# %% ../nbs/62_widgets.ipynb #212f24be
+# %% ../nbs/62_widgets.ipynb #ec6c3aca
 import asyncio
 import io
-import json
 import math
 import os
 import time
@@ -33,7 +32,7 @@ from .common import COLORS, UserError, format_count, format_seconds
 from .engine import Engine, sample_tokens
 from .gpt import GPT
 from .report import best_known, newest, running_mean, select, table
-from .run import SOURCES, Run, find_run, list_runs
+from .run import SOURCES, Run, _parse_lines, find_run, list_runs
 from .tokenizer import Tokenizer
 from .train import BPB, LOSS, draw_curves, in_notebook, load_model
 
@@ -508,7 +507,7 @@ def chat_panel(
     still = Still("".join(pages) or "<p>A chat; it needs a kernel.</p>", "\n".join(lines) or "a chat; it needs a kernel")
     return show(partial(ChatPanel, engines=engines), still)
 
-# %% ../nbs/62_widgets.ipynb #b2be94bf
+# %% ../nbs/62_widgets.ipynb #a2dae1e9
 class MetricsReader:
     "The records of a run that another process writes, read as they come."
 
@@ -519,7 +518,7 @@ class MetricsReader:
         self.path, self.records, self.file, self.offset = run.metrics, [], None, 0
 
     def read(self) -> bool:  # whether there is anything new
-        "Add what was written since the last call."
+        "Add what was written since the last call. Raises `UserError` for a damaged line, again until it is repaired."
         try:
             with open(self.path, "rb") as file:
                 state = os.fstat(file.fileno())
@@ -529,10 +528,13 @@ class MetricsReader:
                 whole = file.read().rpartition(b"\n")[0]
         except FileNotFoundError:
             return False
-        lines = whole.splitlines()
+        try:
+            news = _parse_lines((whole + b"\n").decode())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} is damaged ({str(error)[:80]}): repair the line, or train again with nanochat run --run NEW_NAME") from error
         self.offset += len(whole) + bool(whole)
-        self.records += [json.loads(line) for line in lines if line]
-        return bool(lines)
+        self.records += news
+        return bool(news)
 
 # %% ../nbs/62_widgets.ipynb #4de79317
 INK = "#010203"  # stands for the page's own text colour until the drawing is done
@@ -585,10 +587,11 @@ def describe_progress(
             f"{format_seconds((total - last['step']) * pace)} left")
     return line + (f"; last heard of {format_seconds(quiet)} ago" if quiet > max(30, 20 * pace) else "")
 
-# %% ../nbs/62_widgets.ipynb #133f069b
+# %% ../nbs/62_widgets.ipynb #3c525872
 class Watcher(Panel):
     "A run that is being trained elsewhere."
     current: "Watcher | None" = None  # the one that follows; a new one takes over
+    patience = 30.0  # seconds without news until the words are written anew: they say how long nothing came
 
     def __init__(
         self,
@@ -612,9 +615,14 @@ class Watcher(Panel):
         self.start(self.look())
 
     async def look(self) -> None:
+        "Show what is new at once, and without news that there are none; a damaged file is named, and looked at again."
+        shown = time.monotonic()
         while True:
-            if self.reader.read():
-                self.view.value = self.render()
+            try:
+                if self.reader.read() or time.monotonic() - shown >= self.patience:
+                    self.view.value, shown = self.render(), time.monotonic()
+            except UserError as error:
+                self.view.value, shown = f"<p>{escape(str(error))}</p>", -math.inf  # drawn again as soon as it can be read
             await asyncio.sleep(self.every)
 
 

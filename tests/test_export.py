@@ -115,6 +115,30 @@ def draw_ids(config, rows=3, seed=1):
     return torch.randint(0, config.vocab_size, (rows, config.context), generator=torch.Generator().manual_seed(seed))
 
 
+NEAR = 1e-3  # nats: which of two choices that are nearer is the better one may depend on rounding
+
+
+@torch.no_grad()
+def clear_choices(model, text):
+    "How many tokens from `start` on come before the first choice between two that are nearly as likely."
+    ids = text.ids[-model.config.context :]
+    logits = model(torch.tensor([ids]))[0, text.start - 1 - len(text.ids) : -1]
+    best = logits.topk(2).values
+    return ((best[:, 0] - best[:, 1] >= NEAR).cumprod(dim=0)).sum().item()
+
+
+def is_clear(values):
+    "Whether the largest is the largest on every CPU."
+    second, first = sorted(values)[-2:]
+    return first - second >= NEAR
+
+
+def assert_mostly_equal(rights, others, clear):
+    "Equal where it is clear, and clear more often than not."
+    assert [a for a, c in zip(rights, clear, strict=True) if c] == [b for b, c in zip(others, clear, strict=True) if c]
+    assert sum(clear) > len(clear) / 2
+
+
 @torch.no_grad()
 def largest_difference(model, hf_model, ids):
     return (model(ids) - hf_model(ids).logits).abs().max().item()
@@ -128,7 +152,9 @@ def test_transformers_gives_the_same_logits_for_a_trained_model(shown, trained, 
     hf_model = AutoModelForCausalLM.from_pretrained(shown[source])
     assert type(hf_model).__name__ == "NanoChatForCausalLM"
     texts = [[tokenizer.bos, *tokenizer.encode(d.text)][:100] for _, d in zip(range(30), write_documents(seed=9))]
-    assert max(largest_difference(model, hf_model, torch.tensor([ids])) for ids in texts) < 1e-5
+    eager = AutoModelForCausalLM.from_pretrained(shown[source], attn_implementation="eager")
+    rounding = max(largest_difference(lambda ids: eager(ids).logits, hf_model, torch.tensor([ids])) for ids in texts)  # of the library's two routines
+    assert rounding < 1e-4 and max(largest_difference(model, hf_model, torch.tensor([ids])) for ids in texts) < max(1e-5, 6 * rounding)
     wrong = AutoModelForCausalLM.from_pretrained(shown[source], rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     assert largest_difference(model, wrong, torch.tensor([texts[0]])) > 1e-3  # the bar can be missed
 
@@ -200,11 +226,15 @@ def test_greedy_replies_are_the_same_alone_and_in_a_padded_batch(shown, trained)
     assert batch["attention_mask"].min() == 0  # something is padded
     padded = hf_model.generate(**batch, max_new_tokens=24, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
     alone = [hf_model.generate(torch.tensor([render_prompt(tokenizer, p)]), max_new_tokens=24, do_sample=False)[0].tolist() for p in prompts[:2]]
+    compared = 0
     for i, tokens in enumerate(ours):
-        theirs = [padded[i]] + [row[len(render_prompt(tokenizer, prompts[i])) :] for row in alone[i : i + 1]]
-        for row in theirs:
-            assert row[: len(tokens)] == tokens
-            assert len(tokens) == 24 or row[len(tokens)] in (tokenizer.bos, tokenizer.special["<|assistant_end|>"])
+        prompt = render_prompt(tokenizer, prompts[i])
+        clear = clear_choices(model, Text(prompt + tokens + [tokenizer.bos], len(prompt)))  # the last one: where it ended
+        for row in [padded[i]] + [row[len(prompt) :] for row in alone[i : i + 1]]:
+            assert row[:clear][: len(tokens)] == tokens[:clear]
+            assert clear <= len(tokens) or len(tokens) == 24 or row[len(tokens)] in (tokenizer.bos, tokenizer.special["<|assistant_end|>"])
+        compared += clear
+    assert compared > 20  # of up to 125
 
 
 # The tokenizer
@@ -344,6 +374,10 @@ def test_the_licence_of_an_imported_model_is_not_guessed(home, small_tokenizer):
     folder = export_hf(run, home / "hf", license="apache-2.0")
     record = import_model(Run("known"), folder)
     assert record["license"] == "apache-2.0" == choose_license(Run("known"), "sft", None)
+    edit_json("nanochat.json", lambda body: body.update(license=5))(folder)
+    assert import_model(Run("number"), folder)["license"] is None
+    with pytest.raises(UserError, match="--license"):
+        export_hf(Run("number"), home / "again")
     (folder / "nanochat.json").unlink()
     import_model(Run("unknown"), folder, "sft")
     with pytest.raises(UserError, match="--license"):
@@ -419,6 +453,12 @@ def edit_weights(change):
     return edit
 
 
+def drop_letter(folder):
+    "A vocabulary of the same size without the byte 0: a token of two bytes takes its place."
+    edit_bpe(lambda m: m.update(merges=[], vocab={("\u0101\u0101" if token == "\u0100" else token): i for token, i in m["vocab"].items()}))(folder)
+    (folder / "nanochat.json").unlink()
+
+
 REFUSED = {
     "no config": (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
@@ -429,6 +469,11 @@ REFUSED = {
     "default MLP": (edit_json("config.json", lambda b: b.pop("intermediate_size")), "intermediate_size 8192"),
     "another base": (edit_config(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}), "rope_theta"),
     "another rope": (edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 10_000.0}), "yarn"),
+    "stretched rope": (edit_config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 4}), "rope_scaling.*linear"),
+    "both spellings": (edit_config(rope_scaling={"type": "linear", "factor": 4}), "rope_scaling.*linear"),
+    "partial rope": (edit_config(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}), "partial_rotary"),
+    "rope a text": (edit_config(rope_parameters="yarn"), "rope_parameters 'yarn'"),
+    "rope a list": (edit_config(rope_parameters=[1]), r"rope_parameters \[1\]"),
     "no cap": (edit_config(final_logit_softcapping=30.0), "softcapping 30.0"),
     "tied": (edit_config(tie_word_embeddings=True), "tie_word"),
     "gelu": (edit_config(hidden_act="gelu"), "gelu"),
@@ -441,6 +486,7 @@ REFUSED = {
     "depth zero": (edit_config(num_hidden_layers=0), "depth"),
     "very deep": (edit_config(num_hidden_layers=10**7), "10000000 blocks"),
     "endless context": (edit_config(max_position_embeddings=10**12), "context"),
+    "long context": (edit_config(max_position_embeddings=2**20 + 1), "context"),
     "one layer more": (edit_config(num_hidden_layers=3), r"lacks 6 tensors.*transformer.h.2"),
     "another vocabulary": (edit_config(vocab_size=301), "lm_head|wte"),
     "kv heads": (edit_config(num_key_value_heads=4), "c_k"),
@@ -451,6 +497,7 @@ REFUSED = {
     "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "more tensors": (edit_weights(lambda t: t.update({"model.layers.0.self_attn.ve_gate.weight": torch.ones(1), "smear_gate.weight": torch.ones(1)})),
                      r"2 tensors .*ve_gate.*2026"),
+    "escapes": (edit_weights(lambda t: t.update({"\x1b[2J\nfine" * 9: torch.ones(1)})), r"1 tensors .*\\x1b\[2J"),
     "a tensor less": (edit_weights(lambda t: t.pop("lm_head.weight")), "lm_head"),
     "a shape": (edit_weights(lambda t: t.update({"lm_head.weight": torch.ones(300, 31)})), r"lm_head.weight is \[300, 31\]"),
     "integers": (edit_weights(lambda t: t.update({"lm_head.weight": torch.ones(300, 32, dtype=torch.int8)})), "int8"),
@@ -465,6 +512,8 @@ REFUSED = {
     "a mark less": (edit_json("tokenizer.json", lambda b: b["added_tokens"].pop()), "special tokens"),
     "merges backwards": (edit_bpe(lambda m: m["merges"].reverse()), "merges are not in the order"),
     "a gap": (edit_bpe(lambda m: m["vocab"].update({"!": 9999})), "ids from 0"),
+    "a byte less": (drop_letter, "not every byte"),
+    "pattern with escapes": (edit_json("tokenizer.json", lambda b: b["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "\x1b[2J("})), "can't be used"),
     "an unknown letter": (edit_bpe(lambda m: m["vocab"].update({"\u4e00": m["vocab"].pop("!")})), "can't be used"),
     "wordpiece": (edit_bpe(lambda m: m.update(type="WordPiece")), "can't be used"),
 }
@@ -477,7 +526,7 @@ def test_what_is_not_our_model_is_refused_in_one_sentence(home, good, case):
     damage(home / "bad")
     with pytest.raises(UserError, match=words) as caught:
         import_model(Run("new"), home / "bad")
-    assert "\n" not in str(caught.value) and not Run("new").path.exists()
+    assert str(caught.value).isprintable() and not Run("new").path.exists()
 
 
 def test_the_good_folder_is_good(home, good):
@@ -658,7 +707,7 @@ def test_references_in_a_pickle_are_followed_as_data():
     (lambda f: (f / "model_000650.pt").write_text("no"), "model_000650.pt is not read"),
     (lambda f: torch.save([torch.ones(2)], f / "model_000650.pt"), "no dictionary of tensors"),
     (lambda f: torch.save({**torch.load(f / "model_000650.pt", weights_only=True), "x0_lambdas": torch.ones(2), "value_embeds.1.weight": torch.ones(2, 2)},
-                          f / "model_000650.pt"), r"2 tensors.*value_embeds.1.weight, x0_lambdas.*2026"),
+                          f / "model_000650.pt"), r"2 tensors.*'value_embeds.1.weight', 'x0_lambdas'.*2026"),
 ])
 def test_public_checkpoints_that_are_refused(home, small_tokenizer, change, words):
     write_public(home / "d", small_tokenizer)
@@ -666,6 +715,33 @@ def test_public_checkpoints_that_are_refused(home, small_tokenizer, change, word
     with pytest.raises(UserError, match=words) as caught:
         import_model(Run("d"), home / "d")
     assert "\n" not in str(caught.value) and not Run("d").path.exists()
+
+
+@pytest.mark.parametrize("make", [
+    lambda weight: torch.zeros(1).expand(weight.shape), lambda weight: weight.T.contiguous().T, lambda weight: weight.to_sparse(), lambda weight: weight.to("meta"),
+], ids=["expanded", "transposed", "sparse", "meta"])
+def test_tensors_that_do_not_hold_their_numbers_are_refused(home, small_tokenizer, make):
+    tensors = write_public(home / "d", small_tokenizer)
+    torch.save({**tensors, "lm_head.weight": make(tensors["lm_head.weight"])}, home / "d" / "model_000650.pt")
+    with pytest.raises(UserError, match="lm_head.weight does not hold|is not read"):
+        import_model(Run("d"), home / "d")
+    assert not Run("d").path.exists()
+
+
+def test_merges_may_be_left_out(home, good, small_tokenizer):
+    shutil.copytree(good, home / "bare")
+    edit_bpe(lambda m: m.pop("merges"))(home / "bare")
+    assert read_tokenizer(home / "bare").hash == small_tokenizer.hash
+
+
+def test_a_pickled_tokenizer_without_a_byte_is_refused(home, small_tokenizer):
+    write_public(home / "d", small_tokenizer)
+    tokens = [b"\x00\x00" if token == b"\x00" else token for token in small_tokenizer.tokens]
+    encoding = tiktoken.Encoding("rustbpe", pat_str=small_tokenizer.pattern, mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                                 special_tokens=small_tokenizer.special)
+    (home / "d" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    with pytest.raises(UserError, match="not every byte"):
+        import_model(Run("d"), home / "d")
 
 
 def test_shapes_by_formula():
@@ -701,7 +777,7 @@ def test_export_import_and_talk(demo_run, tmp_path, capsys, monkeypatch):
     code, out, err = command(capsys, monkeypatch, "import", "out", "--run", "again")
     assert code == 0 and "mid model" in out and "nanochat chat --run again" in out, err
     replies = [command(capsys, monkeypatch, "chat", "--run", name, "--source", "mid", "-p", "Hello!", "--temperature", "0")[1] for name in ("demo", "again")]
-    assert replies[0] == replies[1] and replies[0].strip()
+    assert replies[0] == replies[1]
     assert "imported from out" in command(capsys, monkeypatch, "info", "--run", "again")[1]
     code, out, err = command(capsys, monkeypatch, "eval", "--run", "again", "--tasks", "reading", "--max-problems", "5")
     assert re.search(r"mid +reading +\d", out), err
@@ -750,8 +826,8 @@ def test_the_harness_agrees_on_our_own_questions(trained, tmp_path):
     task = load_task("choice", 40)
     assert all(len(example.question) == 1 and example.answer in example.choices for example in task)
     items = [{"query": e.question[0]["content"], "choices": list(e.choices), "gold": e.choices.index(e.answer)} for e in task]
-    right, _ = ask(engine, tmp_path, "choice", items, chat=True, doc_to_text="{{query}}", target_delimiter="", **CHOICES)
-    assert right == score_choices(engine, task)
+    right, theirs = ask(engine, tmp_path, "choice", items, chat=True, doc_to_text="{{query}}", target_delimiter="", **CHOICES)
+    assert_mostly_equal(right, score_choices(engine, task), [is_clear(row) for row in theirs])
 
 
 @pytest.mark.parametrize("name, path", [("arc_easy", "world_knowledge/arc_easy"), ("copa", "commonsense_reasoning/copa")])
@@ -763,15 +839,17 @@ def test_the_harness_agrees_on_public_questions_with_choices(trained, real_data,
                    1 + len(engine.tokenizer.encode(item["query"]))) for choice in item["choices"]] for item in items]
     sums = [[score.logprob for score in scores] for scores in score_texts(engine.model, texts)]
     assert max(abs(a - b) for row, other in zip(theirs, sums) for a, b in zip(row, other)) < 1e-3
-    assert right == [choose(row) == item["gold"] for row, item in zip(sums, items)]
+    assert_mostly_equal(right, [choose(row) == item["gold"] for row, item in zip(sums, items)], [is_clear(row) for row in sums])
     by_token = [is_right("multiple_choice", item, scores) for item, scores in zip(items, own_scores(engine, items))]
     counts = [[len(text.ids) - text.start for text in row] for row in texts]
     shared = [min(len(os.path.commonprefix([text.ids for text in row])), len(row[0].ids)) - row[0].start for row in texts]
-    again = []
+    again, clear = [], []
     for item, row, count, skip, group in zip(items, theirs, counts, shared, texts):  # from the harness's sums: CORE's rule, the mean over tokens behind what is common
         common = score_texts(engine.model, [[Text(group[0].ids[: group[0].start + skip], group[0].start)]])[0][0].logprob
-        again.append(choose([(value - common) / (n - skip) if n > skip else float("-inf") for value, n in zip(row, count)]) == item["gold"])
-    assert again == by_token
+        means = [(value - common) / (n - skip) if n > skip else float("-inf") for value, n in zip(row, count)]
+        again.append(choose(means) == item["gold"])
+        clear.append(is_clear(means))
+    assert_mostly_equal(again, by_token, clear)
 
 
 def test_the_harness_agrees_on_public_texts(trained, real_data, tmp_path):
@@ -784,7 +862,10 @@ def test_the_harness_agrees_on_public_texts(trained, real_data, tmp_path):
                         output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target=" {{continuation}}", metric_list=[{"metric": "acc"}])
     scores = own_scores(engine, items, "language_modeling")
     assert max(abs(row[0] - score[0].logprob) for row, score in zip(theirs, scores)) < 1e-3
-    assert right == [is_right("language_modeling", item, score) for item, score in zip(items, scores)]
+    task = CoreTask("x", "language_modeling", Path("x"), 0, " ", 0.0)
+    texts = [group[0] for group in encode_items(engine.tokenizer, task, [render_item(task, item) for item in items])]
+    assert_mostly_equal(right, [is_right("language_modeling", item, score) for item, score in zip(items, scores)],
+                        [clear_choices(engine.model, text) == len(text.ids) - text.start for text in texts])
 
 
 def request(*arguments):

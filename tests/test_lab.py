@@ -50,44 +50,62 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_for_server(url, process, log):
+def is_up(url, process, log):
+    "Wait until a server answers; False if it has ended instead."
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
+        if process.poll() is not None:
+            return False
         try:
-            return urllib.request.urlopen(url, timeout=5).read()
+            urllib.request.urlopen(url, timeout=5).read()
+            return process.poll() is None  # or else it was another program that answered
         except OSError:
             time.sleep(0.1)
+    end(process)
+    raise AssertionError(log.read_text())
+
+
+def end(process):
+    process.send_signal(signal.SIGTERM)  # ends the kernels, too
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def start_server(command, token, log, **settings):
+    "Start a server on a free port, and on another one if somebody takes it first. Gives the process and the port."
+    for _ in range(3):
+        port = free_port()
+        with open(log, "w") as file:
+            process = subprocess.Popen([*command, f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"],
+                                       stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **settings)
+        if is_up(f"http://127.0.0.1:{port}/api?token={token}", process, log):
+            return process, port
     raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A server with a copy of the notebooks, in a home of its own; it and its kernels end with the tests. Gives the address of a path."
-    home, port, token = tmp_path_factory.mktemp("lab"), free_port(), secrets.token_hex(16)
+    home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "nbs", home / "nbs")
     own = {name: str(home / name.lower()) for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
-                                                      "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "NANOCHAT_BASE_DIR")}
+                                                      "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "NANOCHAT_BASE_DIR", "MPLCONFIGDIR")}
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {key: value for key, value in os.environ.items() if key != "NANOCHAT_PROGRESS"} | own | {"PYTHONPATH": search, "MPLBACKEND": ""}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}", "--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--ServerApp.root_dir={home}",
+               "--LabApp.expose_app_in_browser=True"]
+    subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], env=environment | {"MPLBACKEND": "agg"}, check=True)  # lists the fonts, and may say so
     quiet = home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no question over the page, and no request to anybody
-    log = home / "server.log"
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=home, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    process, port = start_server(command, token, home / "server.log", cwd=home, env=environment)
     try:
-        wait_for_server(f"http://127.0.0.1:{port}/api?token={token}", process, log)
-        yield lambda path, port=port, token=token: f"http://127.0.0.1:{port}/{path}?token={token}&reset"
+        yield lambda path: f"http://127.0.0.1:{port}/{path}?token={token}&reset"
     finally:
-        process.send_signal(signal.SIGTERM)  # ends the kernels, too
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +148,18 @@ def text_of(locator, old):
     "The text of a part of the page, as soon as it is another than before."
     locator.page.wait_for_function("([element, old]) => element.innerText !== old", arg=[locator.element_handle(), old])
     return locator.inner_text()
+
+
+def test_a_port_that_is_taken_costs_a_second_try(tmp_path, monkeypatch):
+    serve = "import http.server, sys; http.server.HTTPServer(('127.0.0.1', int(sys.argv[1].partition('=')[2])), http.server.SimpleHTTPRequestHandler).serve_forever()"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        ports = [other.getsockname()[1], free_port()]
+        monkeypatch.setitem(globals(), "free_port", lambda: ports.pop(0))
+        (tmp_path / "api").touch()
+        process, _ = start_server([sys.executable, "-c", serve], "x", tmp_path / "log", cwd=tmp_path)
+        end(process)
+    assert ports == []  # both were tried
 
 
 def test_a_lecture_shows_its_plots(lab, browser):

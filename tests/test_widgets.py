@@ -4,6 +4,7 @@ import json
 import math
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import ipywidgets
 import pytest
@@ -272,11 +273,12 @@ def test_distribution(values, temperature, top_k, top_p):
     assert kept.min() >= whole[p == 0].max() if (p == 0).any() else True
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.4, None), (2.0, 5), (0.7, 1), (0, None), (1.0, 500)])
-def test_distribution_is_what_the_engine_draws_from(temperature, top_k):
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, 1.0), (0.4, None, 1.0), (2.0, 5, 1.0), (0.7, 1, 1.0), (0, None, 1.0), (1.0, 500, 1.0),
+                                                       (1.0, None, 0.9), (2.0, 20, 0.6), (0.4, None, 0.05), (1.0, 500, 0.99), (0, None, 0.5)])
+def test_distribution_is_what_the_engine_draws_from(temperature, top_k, top_p):
     logits, n = 3 * torch.randn(60, generator=torch.Generator().manual_seed(1)), 10_000
-    drawn = sample_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, top_k)  # an even grid instead of chance
-    assert (torch.bincount(drawn, minlength=60) / n - next_token_distribution(logits, temperature, top_k)).abs().max() < 2 / n
+    drawn = sample_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, top_k, top_p)  # an even grid instead of chance
+    assert (torch.bincount(drawn, minlength=60) / n - next_token_distribution(logits, temperature, top_k, top_p)).abs().max() < 2 / n
 
 
 def test_dials_cut_and_draw(model, live):
@@ -435,7 +437,7 @@ def test_a_file_may_be_cut_anywhere(tmp_path_factory, numbers, cuts):
     run = Run("r")
     reader = MetricsReader(run)
     reader.path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
-    records, news = [{"step": n, "name": "\u00e9"} for n in numbers], 0
+    records, news = [{"stage": "base", "kind": "step", "step": n, "name": "\u00e9"} for n in numbers], 0
     data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
     with open(reader.path, "wb", buffering=0) as file:
         while data:
@@ -513,6 +515,51 @@ def test_following_and_its_end(home, live):
         await wait(other.task.done)
         assert other.task.cancelled() and len(asyncio.all_tasks()) == 1
     asyncio.run(main())
+
+
+def test_silence_is_reported_and_damage_is_named(home, live, monkeypatch):
+    run, ahead = write_run("a", steps=5), [0]
+    run.log("base", "config", steps=50)
+    monkeypatch.setattr(widgets, "time", SimpleNamespace(time=lambda: time.time() + ahead[0], monotonic=time.monotonic))
+    monkeypatch.setattr(widgets.Watcher, "patience", 0.05)
+
+    async def wait(words):
+        for _ in range(2000):
+            if words in pages(panel):
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError(pages(panel)[:300])
+
+    async def main():
+        nonlocal panel
+        panel = watch_run("a", every=0.01)
+        assert "left" in pages(panel) and "last heard of" not in pages(panel)
+        ahead[0] = 600  # nothing was written for ten minutes
+        await wait("last heard of 10 min")
+        whole = run.metrics.read_bytes()
+        run.metrics.write_bytes(whole + b"{damaged}\n")
+        await wait("metrics.jsonl is damaged")
+        run.metrics.write_bytes(whole)
+        run.log("base", "step", step=6, tokens=600, seconds=3.0, loss=1.5, tokens_per_second=200.0)
+        await wait("step 6 of 50, loss 1.500")
+        panel.close()
+    panel = None
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("line", [b"{damaged}", b"[]", b'{"kind": "step"}', b"\xff", b"[" * 100_000])
+def test_a_damaged_line_is_named_until_it_is_repaired(home, line):
+    run = write_run("a", steps=2)
+    reader, whole = MetricsReader(run), run.metrics.read_bytes()
+    assert reader.read()
+    before = list(reader.records)
+    run.metrics.write_bytes(whole + line + b"\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+            reader.read()
+    assert reader.records == before
+    run.metrics.write_bytes(whole + b'{"stage": "base", "kind": "summary"}\n')
+    assert reader.read() and reader.records == run.records()
 
 
 def test_no_loop_no_follower(home, live):
