@@ -75,7 +75,7 @@ def _configs() -> dict[str, type]:
 
     return {cls.STAGE: cls for cls in (TokenizerConfig, BaseConfig, MidConfig, SFTConfig, RLConfig, EvalConfig, ReportConfig)}
 
-# %% ../nbs/65_cli.ipynb #13b8b929
+# %% ../nbs/65_cli.ipynb #b3ed1e0e
 @app.command()
 def chat(
     name: RunName = None,
@@ -95,7 +95,7 @@ def chat(
 
     this = find_run(name)
     model, tokenizer, meta = load_model(this, _source(source), best=best)
-    session = ChatSession(Engine(model, tokenizer), temperature, top_k or None, max_tokens, seed)
+    session = ChatSession(Engine(model, tokenizer), temperature, top_k or None, max_tokens, seed, source=meta["stage"])
     if prompt is not None:
         reply(session, prompt)
     else:
