@@ -119,7 +119,7 @@ class Row:
         elif self.call is not None:
             self.call.append(token)
 
-# %% ../nbs/32_engine.ipynb #902e6cc2
+# %% ../nbs/32_engine.ipynb #5ccca646
 PIECE = {"cpu": 2**12, "cuda": 2**18, "mps": 2**16}  # tokens that are read at once: what fits a CPU's cache, or a GPU's memory
 
 
@@ -134,7 +134,8 @@ def prefill(
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     distinct, lengths, device = list(place), [len(prompt) for prompt in place], model.cos.device
     cache, last = model.new_cache(len(place), size), []
-    cache.joined = cache.joined if joined is None else joined
+    if joined is not None:
+        cache.joined = joined
     count = max(1, PIECE[device.type] // max(lengths))  # rows
     for start in range(0, len(place), count):
         part, ends = distinct[start : start + count], lengths[start : start + count]
