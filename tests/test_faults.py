@@ -463,7 +463,7 @@ def test_a_chat_can_ask_for_the_best(forker):
 def test_soak(forker, long, tmp_path):
     """A random kill every few seconds. The long version is the tiny preset with a kill every 20 seconds, half an hour:
     NANOCHAT_SOAK=1 python -m pytest tests/test_faults.py -k soak"""
-    settings = PRESETS["tiny"]["base"] | {"shards": 4} if long else {"tokens": 143_360, "eval_every": 50, "save_every": 5, "sample_every": 0}
+    settings = PRESETS["tiny"]["base"] | {"shards": 4, "save_every": 25} if long else {"tokens": 143_360, "eval_every": 50, "save_every": 5, "sample_every": 0}
     for name in ("quiet", "soaked"):
         forker.copy(f"{name}_{long}", "base")
     began = time.perf_counter()
