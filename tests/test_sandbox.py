@@ -57,8 +57,18 @@ def nothing_left(monkeypatch, tmp_path):  # pytest makes its own directory first
 def leftovers():
     "Shared memory of ours, and processes that run our script."
     found = {str(path) for path in Path("/dev/shm").glob("*nanochat-test*")} if Path("/dev/shm").exists() else set()
-    lines = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
-    return found | {line for line in lines if f"-I -S -X utf8 {sandbox.__file__}" in line}
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = {pid: (parent, args) for pid, parent, args in (line.split(None, 2) for line in listed if len(line.split(None, 2)) == 3)}
+    return found | {f"{pid} {args}" for pid, (_, args) in rows.items() if f"-I -S -X utf8 {sandbox.__file__}" in args and not is_of_another(pid, rows)}
+
+
+def is_of_another(pid, rows):
+    "Whether a process descends from a test process beside this one."
+    line = []
+    while pid in rows:
+        line.append(pid)
+        pid = rows[pid][0]
+    return str(os.getppid()) in line and str(os.getpid()) not in line
 
 
 def check_failure(code, namespaces, *reasons, limits=FAST):
