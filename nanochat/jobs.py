@@ -11,7 +11,7 @@ __all__ = ['SITE_NAMES', 'CHAIN', 'HOURS', 'LIVE', 'PATIENCE', 'Site', 'read_sit
            'progress_of', 'count_vain', 'JobStop', 'run_job', 'describe_progress', 'describe_run', 'tunnel_command',
            'say_tunnel']
 
-# %% ../nbs/63_jobs.ipynb #2e12bc0c
+# %% ../nbs/63_jobs.ipynb #9c60648e
 import json
 import os
 import re
@@ -27,7 +27,7 @@ from typing import Any
 
 from .common import UserError, base_dir, format_bytes, format_count, format_seconds
 from .pipeline import keep_choices, notebook_dir, run_pipeline
-from .run import PRESETS, SOURCES, Run, make_config
+from .run import PRESETS, SOURCES, Run, append_line, make_config
 
 # %% ../nbs/63_jobs.ipynb #a9e20aa4
 SITE_NAMES = ("SITE_ACCOUNT", "SITE_PARTITION", "SITE_GRES", "SITE_NODES", "SITE_CPUS", "SITE_MEMORY", "SITE_TIME", "SITE_MODULES", "SITE_MAIL",
@@ -314,7 +314,7 @@ def name_need(
         return [need_task(name) for name in HUB_DATA]
     return [need_task(known) if known in HUB_DATA else need_corpus(what, shards)]
 
-# %% ../nbs/63_jobs.ipynb #62d6e01a
+# %% ../nbs/63_jobs.ipynb #4da07577
 def bytes_to_write(
     preset: str,
 ) -> int:  # bytes
@@ -357,8 +357,7 @@ def check_batch(
 
     found = []
     for cls in (BaseConfig, MidConfig, SFTConfig):
-        given = {key: value for key, value in choices.get("settings", {}).get(cls.STAGE, {}).items()}
-        cfg = make_config(cls, choices["preset"], **given)
+        cfg = make_config(cls, choices["preset"], **choices.get("settings", {}).get(cls.STAGE, {}))
         here = cfg.processes or (count_gpus(site) if site else torch.cuda.device_count()) or 1
         devices = here * int(site and site.get("SITE_NODES") or 1)
         rows = cfg.device_rows * (cfg.row or stage_settings(choices, "base")["context"]) * devices
@@ -431,7 +430,7 @@ def report_checks(
     if failed:
         raise UserError(f"{len(failed)} of the checks failed ({', '.join(failed)}); each line above says what to type")
 
-# %% ../nbs/63_jobs.ipynb #72a56997
+# %% ../nbs/63_jobs.ipynb #5567129e
 def ask_slurm(
     *command: str,  # program and arguments
     tries: int = 1,  # half a minute apart: a busy controller may be too late with its answer
@@ -455,8 +454,7 @@ def note_job(
 ) -> None:
     "Write down what became of a job, in the run's folder."
     (run.path / "jobs").mkdir(parents=True, exist_ok=True)
-    with open(run.path / "jobs" / "jobs.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+    append_line(run.path / "jobs" / "jobs.jsonl", json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
 
 
 def read_jobs(run: Run) -> list[dict[str, Any]]:  # oldest first
@@ -509,7 +507,7 @@ def submit_run(
         print(f"{ids[-1]}  {job.name:10s} {site.get('SITE_GRES') if job.gpu else 'no GPU':12s} at most {write_hours(job.hours)}", flush=True)
     return ids
 
-# %% ../nbs/63_jobs.ipynb #e8fd10c8
+# %% ../nbs/63_jobs.ipynb #e74c58da
 PATIENCE = 900.0  # seconds that a job waits for a predecessor which a broken node has not quite let go
 
 
@@ -591,14 +589,15 @@ def run_job(
                         f"with nanochat submit --run {run.name} --site {site.path}")
     note_job(run, "began", id=number, name=job.name, progress=progress, host=os.uname().nodename, attempt=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     end = job_end(number) if number else None
-    if end:
-        os.environ["NANOCHAT_DEADLINE"] = str(end - 0.8 * warning_seconds(end - began))
+    deadline = end - 0.8 * warning_seconds(end - began) if end else None
+    if deadline:
+        os.environ["NANOCHAT_DEADLINE"] = str(deadline)
     with JobStop(run, job) as stop:
         try:
             run_pipeline(run.name, stages=[job.stage], once=job.settings, patience=PATIENCE)
         except (Stopped, KeyboardInterrupt):
             note_job(run, "stopped", id=number, name=job.name, progress=progress_of(run, job))
-            if not stop.asked and not (end and time.time() > end - 0.8 * warning_seconds(end - began)):
+            if not stop.asked and not (deadline and time.time() > deadline):
                 raise
             print(f"{job.name} is saved and goes back into the queue as job {number}", flush=True)
             ask_slurm("scontrol", "requeue", number, tries=10)
