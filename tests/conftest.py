@@ -1,4 +1,5 @@
 """What several files of tests share: real data, and a finished run of the demo preset."""
+import contextlib
 import os
 import shutil
 import subprocess
@@ -58,3 +59,18 @@ def real_data():
     if folder is None:
         pytest.skip("set NANOCHAT_TEST_DATA to a folder of real data")
     return Path(folder)
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    "A disk of `size` bytes; only root can make one, and CI has to."
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode and os.geteuid() == 0 and os.environ.get("CI"):
+        pytest.fail(f"root in CI must be able to mount: {made.stderr}")
+    if made.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -251,19 +251,6 @@ def test_a_forged_tensor_file_is_an_error_and_nothing_else(tmp_path, header, bod
         load_checkpoint(path)
     except DamagedCheckpoint:
         pass
-
-
-@contextmanager
-def small_disk(path, size):
-    "A disk of `size` bytes at `path`."
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a small disk needs root; the test with simulated errors covers this")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import NANOCHAT
+from conftest import NANOCHAT, small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import save
@@ -335,21 +335,6 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
     assert records[-1]["kind"] == "summary" and records[-1]["took"] > 0 and all(r.get("seconds", 0) >= 0 for r in records)
     seconds = [r["seconds"] for r in records if r["kind"] == "step"]
     assert seconds == sorted(seconds) and seconds[0] > 0 and all(r["tokens_per_second"] > 0 for r in records if r["kind"] == "step")
-
-
-@contextlib.contextmanager
-def small_disk(path, size):
-    "A disk of `size` bytes; only root can make one, and CI has to."
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if made.returncode and os.geteuid() == 0 and os.environ.get("CI"):
-        pytest.fail(f"root in CI must be able to mount: {made.stderr}")
-    if made.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def write_notebook(disk):
