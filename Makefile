@@ -5,7 +5,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 BIN := .venv/bin
 
-.PHONY: run test bench lab export setup
+.PHONY: run test bench lab site export release setup
 
 run: .venv/ready
 	$(BIN)/nanochat run --preset $(PRESET)
@@ -13,7 +13,7 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python tests/in_step.py
 	$(BIN)/ruff check
-	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^5[1-7]_' --do_print
+	$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^labs' --skip_file_re '^5[1-7]_' --do_print
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Beside others, half an hour on two CPU cores; a checkout of the public nanochat takes part with PEER=path
@@ -25,8 +25,16 @@ bench: .venv/ready
 lab: .venv/ready
 	$(BIN)/nanochat lab
 
+# Executes every notebook, a quarter of an hour on two CPU cores, and afterwards only those that something has changed for
+site: .venv/ready
+	$(BIN)/python docs/build_site.py
+
 export: .venv/ready
 	$(BIN)/python tests/in_step.py --write
+
+# What students get of each assignment, examined and packed into assignments/course; a minute each, if something has changed
+release: .venv/ready
+	$(BIN)/python assignments/release.py
 
 setup: .venv/ready
 

@@ -20,8 +20,8 @@ setup(
     license="MIT",
     python_requires=">=" + settings["min_python"],
     packages=find_packages(include=["nanochat", "nanochat.*"]),
-    package_data={"nanochat": ["*.txt", "*.json", "*.html", "*.yaml"]},
+    package_data={"nanochat": ["*.txt", "*.json", "*.html", "*.yaml", "*.mplstyle"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"dev": settings["dev_requirements"].split(), "grading": settings["grading_requirements"].split()},
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'use_own_gradient', 'inverse_rms', 'rms_gradient', 'RMSNorm', 'rms_norm', 'rotary_tables', 'apply_rotary',
            'rotate_into', 'rotate_and_normalize', 'RotaryNorm', 'place_and_normalize', 'BlockedAttention',
-           'block_weights', 'attend', 'KVCache', 'project', 'Attention']
+           'block_weights', 'takes_blocks', 'attend', 'attention_kernel', 'KVCache', 'project', 'Attention']
 
 # %% ../nbs/20_attention.ipynb #62a45556
 import math
@@ -185,7 +185,14 @@ def block_weights(
     weights[:, :, start:].tril_()
     return weights
 
-# %% ../nbs/20_attention.ipynb #478667b0
+# %% ../nbs/20_attention.ipynb #2bbe8238
+def takes_blocks(
+    q: Tensor,  # (B, H, T, D)
+) -> bool:
+    "Whether causal attention of these queries is computed in blocks of our own."
+    return 1 < q.size(2) <= 512 and use_own_gradient(q)
+
+
 def attend(
     q: Tensor,  # (B, H, T, D) normalised queries
     k: Tensor,  # (B, K, S, D) normalised keys
@@ -194,9 +201,24 @@ def attend(
 ) -> Tensor:  # (B, H, T, D)
     "Softmax attention, by the fastest way there is for these shapes."
     T, groups = q.size(2), q.size(1) // k.size(1)
-    if mask is None and 1 < T <= 512 and use_own_gradient(q):
+    if mask is None and takes_blocks(q):
         return BlockedAttention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=groups > 1)
+
+# %% ../nbs/20_attention.ipynb #a7fe4ce9
+def attention_kernel(
+    q: Tensor,  # (B, H, T, D)
+    k: Tensor,  # (B, K, T, D) of the same type and device
+    compiled: bool = False,  # by torch.compile, which takes PyTorch's kernels and never ours
+) -> str:  # "blocks", which are our own, or "flash", "cudnn", "efficient" or "math"; "unknown" where PyTorch doesn't say
+    "What `attend` will compute causal attention with."
+    if takes_blocks(q) and not compiled:
+        return "blocks"
+    try:
+        chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=q.size(1) > k.size(1))  # what scaled_dot_product_attention asks itself
+    except (NotImplementedError, AttributeError):  # a Mac's GPU, and other versions of PyTorch
+        return "unknown"
+    return torch.nn.attention.SDPBackend(chosen).name.removesuffix("_ATTENTION").lower()
 
 # %% ../nbs/20_attention.ipynb #ddeb8aa4
 class KVCache:

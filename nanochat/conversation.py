@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'check_messages', 'render_conversation', 'render_prompt', 'f
 from .common import UserError
 from .tokenizer import Tokenizer
 
-# %% ../nbs/12_conversation.ipynb #239de8a5
+# %% ../nbs/12_conversation.ipynb #22e45f5e
 PARTS = {"text": None, "python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
 
 
@@ -37,7 +37,7 @@ def check_messages(
             raise UserError(f"message {i} is by the user and must be a text")
     return messages
 
-
+# %% ../nbs/12_conversation.ipynb #8920fec8
 def render_conversation(
     tokenizer: Tokenizer,
     messages: list[dict],  # user and assistant in turns, perhaps a system message first
@@ -62,7 +62,7 @@ def render_conversation(
         add([special["<|assistant_end|>"]], 1)
     return ids[:max_tokens], mask[:max_tokens]
 
-
+# %% ../nbs/12_conversation.ipynb #449dfef3
 def render_prompt(
     tokenizer: Tokenizer,
     messages: list[dict],  # ends with a user's turn, or with the beginning of a reply
@@ -88,7 +88,7 @@ def fit_prompt(
         used, first = used - sizes[first], first + 1
     return render_prompt(tokenizer, system + turns[2 * first :]), 2 * first
 
-
+# %% ../nbs/12_conversation.ipynb #e06f3c37
 def parse_reply(
     tokenizer: Tokenizer,
     ids: list[int],  # what the model wrote after <|assistant_start|>; may be cut anywhere
@@ -117,7 +117,7 @@ def plain_text(
     "What a person reads: the text parts."
     return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
-
+# %% ../nbs/12_conversation.ipynb #779115c5
 def render_document(
     tokenizer: Tokenizer,
     messages: list[dict],  # the last question, and the beginning of a reply if there is one, are used

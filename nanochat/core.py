@@ -8,7 +8,7 @@ __all__ = ['CORE_TASKS', 'KEYS', 'BUNDLE_URL', 'WINDOW', 'GPT2_CORE', 'GPT2_CENT
            'read_bundle', 'find_bundle', 'unpack_bundle', 'fetch_bundle', 'answer_items', 'score_core_task',
            'summarize_core', 'score_core', 'draw_core']
 
-# %% ../nbs/41_core.ipynb #bea1e359
+# %% ../nbs/41_core.ipynb #c7affbf8
 import csv
 import json
 import os
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from .common import COLORS, Ranks, UserError, atomic_dir, base_dir
+from .common import COLORS, Ranks, UserError, atomic_dir, base_dir, in_course_style
 from .dataset import fetch_file, read_utf8
 from .gpt import GPT
 from .intervals import wilson_interval
@@ -323,11 +323,12 @@ def score_core(
         on_task(records[-1])
     return summarize_core(records), records
 
-# %% ../nbs/41_core.ipynb #67b21cd9
+# %% ../nbs/41_core.ipynb #930a7f7b
 GPT2_CORE = 0.256525  # GPT-2 with 1.6 billion parameters
 GPT2_CENTERED = {"hellaswag_zeroshot": 0.3360, "lambada_openai": 0.5230, "hellaswag": 0.3493, "piqa": 0.4500, "arc_easy": 0.4600, "arc_challenge": 0.0653}
 
 
+@in_course_style
 def draw_core(
     records: Sequence[dict[str, Any]],  # from `score_core_task`, at least one
 ) -> Any:  # a matplotlib figure
@@ -335,7 +336,7 @@ def draw_core(
     import matplotlib.pyplot as plt
 
     summary, places = summarize_core(records), range(len(records))
-    fig, ax = plt.subplots(figsize=(7.5, 1.4 + 0.26 * len(records)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7.5, 1.4 + 0.26 * len(records)))
     center = {end: [(r[end] - r["baseline"]) / (1 - r["baseline"]) for r in records] for end in ("low", "accuracy", "high")}
     errors = [[a - low for a, low in zip(center["accuracy"], center["low"])], [high - a for a, high in zip(center["accuracy"], center["high"])]]
     ax.barh(places, center["accuracy"], color=COLORS["blue"], xerr=errors, error_kw={"ecolor": COLORS["grey"], "elinewidth": 1}, height=0.6)
@@ -347,6 +348,5 @@ def draw_core(
     ax.axvline(summary["score"], color=COLORS["blue"], linestyle="--", label=f"{summary['name']}: {summary['score']:.3f}")
     ax.set(xlabel="centred accuracy (0: baseline, 1: all right)", yticks=places, yticklabels=[f"{r['task']} ({r['shots']})" for r in records], xlim=(None, 1.02))
     ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(loc="outside lower center", ncols=2, frameon=False)
+    fig.legend(loc="outside lower center", ncols=2)
     return fig

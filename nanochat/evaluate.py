@@ -7,7 +7,8 @@ __all__ = ['FEW', 'SIDE_BY_SIDE', 'EvalConfig', 'read_names', 'ask_model', 'desc
            'asked_records', 'plan_exam', 'ask_precisely', 'scale_exam', 'count_questions', 'estimate_exam',
            'run_evaluate']
 
-# %% ../nbs/56_evaluate.ipynb #0fd99735
+# %% ../nbs/56_evaluate.ipynb #c529e5a8
+import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,10 +24,10 @@ from .core import find_bundle, read_bundle, read_items, score_core_task
 from .costs import estimate_seconds
 from .engine import Engine
 from .mixtures import TASKS, load_task
-from .run import SOURCES, Run
+from .run import SOURCES, Run, check_values
 from .train import compute_precision, describe_machine, load_model, process_group
 
-# %% ../nbs/56_evaluate.ipynb #e4b2ec84
+# %% ../nbs/56_evaluate.ipynb #0cb0decb
 @dataclass(frozen=True)
 class EvalConfig:
     "Settings of the evaluation stage."
@@ -42,6 +43,9 @@ class EvalConfig:
     max_tokens: int = 200  # of a reply
     precision: str = "float32"  # or "bfloat16": several times faster on a GPU, and near ties may fall the other way
     seed: int = 0  # which questions
+
+    def __post_init__(self):
+        check_values(self, {"processes": 0}, {"precision": ("float32", "bfloat16", "auto"), "device": ("auto", "cuda", "mps", "cpu")})
 
 
 def read_names(
@@ -89,14 +93,16 @@ def describe_score(
     text += "".join(f"  pass@{k} {p:.0%}" for k, p in list(score.get("pass_at", {}).items())[-1:])
     return text + (f"  {score['cut']} were longer than the context" if score.get("cut") else "")
 
-# %% ../nbs/56_evaluate.ipynb #ca67f03d
+# %% ../nbs/56_evaluate.ipynb #cb9d688a
 def how_asked(
     run: Run,
     source: str,
     cfg: EvalConfig,
 ) -> dict[str, Any]:  # hash of the weights, and how the questions were chosen
     "What a score belongs to."
-    weights = read_meta(latest_checkpoint(run.path / source))["files"]["model.safetensors"]
+    if (path := latest_checkpoint(run.path / source)) is None:
+        raise UserError(f"run {run.name!r} has no whole checkpoint of {source} any more: restore one, or train it again after rm -r {shlex.quote(str(run.path / source))}")
+    weights = read_meta(path)["files"]["model.safetensors"]
     return {"weights": weights[:16]} | {key: getattr(cfg, key) for key in ("items", "seed", "samples", "max_tokens", "precision")}
 
 

@@ -11,10 +11,11 @@ __all__ = ['HF_NAMES', 'OWN_NAMES', 'SHARD_BYTES', 'CHAT_TEMPLATE', 'DTYPES', 'H
            'read_public_tokenizer', 'read_pt', 'read_public', 'import_model', 'check_place', 'HarnessModel',
            'write_texts', 'harness_model', 'run_harness']
 
-# %% ../nbs/64_export.ipynb #4dc4f2fe
+# %% ../nbs/64_export.ipynb #19a874fd
 import json
 import pickletools
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -215,7 +216,7 @@ def write_card(
               "## Licence\n", f"The weights: {license}." + ("" if corpus in (None, "tinyworld") else f" They were learnt from {corpus}, which has terms of its own.") + "\n"]
     return "\n".join(filter(None, parts))
 
-# %% ../nbs/64_export.ipynb #e61f1742
+# %% ../nbs/64_export.ipynb #3cd01549
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -225,7 +226,7 @@ def check_target(
     "Raises `UserError` unless the directory is new or empty."
     path = Path(directory).expanduser().resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already: choose a new directory, or delete this one with rm -r {path}")
+        raise UserError(f"{path} is there already: choose a new directory, or delete this one with rm -r {shlex.quote(str(path))}")
     return path
 
 

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['select', 'newest', 'table', 'describe_setup', 'active_seconds', 'describe_stages', 'describe_costs', 'running_mean',
            'draw_stage', 'best_known', 'describe_scores', 'core_scores', 'describe_core', 'describe_rl', 'draw_scores',
-           'quote', 'describe_samples', 'describe_missing', 'resume_command', 'summarize', 'compose_report',
-           'make_report', 'ReportConfig', 'run_report']
+           'quote', 'describe_samples', 'describe_missing', 'resume_command', 'describe_progress', 'summarize',
+           'compose_report', 'make_report', 'wandb_rows', 'copy_to_wandb', 'ReportConfig', 'run_report']
 
-# %% ../nbs/57_report.ipynb #23b67fe4
+# %% ../nbs/57_report.ipynb #8b05030d
+import hashlib
 import io
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from .common import COLORS, UserError, atomic_write, format_bytes, format_count, format_seconds
+from .common import COLORS, UserError, atomic_write, format_bytes, format_count, format_seconds, in_course_style
 from .run import PRESETS, SOURCES, STAGES, Run
 
 # %% ../nbs/57_report.ipynb #5da1a894
@@ -53,13 +56,14 @@ def table(
         cells = [[cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths)] for line in cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in cells) if lines else ""
 
-# %% ../nbs/57_report.ipynb #626a5937
+# %% ../nbs/57_report.ipynb #f74233cb
 def describe_setup(
     records: Sequence[dict],
 ) -> str:  # Markdown; "" if nothing is known yet
     "Machine, software, text, tokenizer and model."
-    machines = {f"{m['device_name']}, {m['device']}, {m['cores']} cores": m for m in select(records, kind="environment")}
-    rows = [["machine", name + (f", {m['peak_flops'] / 1e9:,.0f} GFLOP/s" if m["peak_flops"] > 0 else "")] for name, m in machines.items()]
+    machines = {(f"{m['device_name']}, {m['device']}, {m['cores']} cores", m.get("precision", "float32")): m for m in select(records, kind="environment")}
+    rows = [["machine", name + (f", {m['peak_flops'] / 1e9:,.0f} GFLOP/s in {precision}" if m["peak_flops"] > 0 else "")]
+            for (name, precision), m in machines.items()]
     rows += [["software", f"Python {m['python']}, torch {m['torch']}, {m['system']}"] for m in [newest(records, None, "environment")] if m]
     if data := newest(records, "tokenizer", "data"):
         floor = f", entropy {data['floor']:.4f} bits per byte" if data.get("floor") else ""
@@ -144,7 +148,7 @@ def _percent(part: float) -> str | None:
     "A share of one; nan, for a machine whose peak is unknown, is left empty."
     return None if math.isnan(part) else f"{part:.0%}"
 
-# %% ../nbs/57_report.ipynb #69fdaaa1
+# %% ../nbs/57_report.ipynb #991ffb21
 def running_mean(
     values: Sequence[float],
     width: int,  # how many values, up to and including this one, are averaged
@@ -156,6 +160,7 @@ def running_mean(
     return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
 
+@in_course_style
 def draw_stage(
     records: Sequence[dict],
     stage: str,  # "base", "mid", "sft" or "rl"
@@ -168,7 +173,7 @@ def draw_stage(
         return None
     if stage == "rl":
         return _draw_rl(steps, evals)
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9))
     tokens, loss = [r["tokens"] for r in steps], [r["loss"] for r in steps]
     left.plot(tokens, loss, color=COLORS["blue"], alpha=0.3, linewidth=0.8)
     left.plot(tokens, running_mean(loss, max(1, len(loss) // 50)), color=COLORS["blue"])
@@ -178,7 +183,6 @@ def draw_stage(
     right.set(title="learning rate (of its largest)", ylim=(-0.03, 1.05))
     for ax in (left, middle, right):
         ax.set(xlabel="tokens", xlim=(0, None))
-        ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(plt.MaxNLocator(5))
         ax.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".0", ""))
     return fig
@@ -188,7 +192,7 @@ def _draw_rl(steps: Sequence[dict], evals: Sequence[dict]) -> Any:
     "Reward, held-out accuracy and length of the replies against steps."
     import matplotlib.pyplot as plt
 
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 2.9))
     at, reward = [r["step"] for r in steps], [r["reward"] for r in steps]
     left.plot(at, reward, color=COLORS["blue"], alpha=0.3, linewidth=0.8)
     left.plot(at, running_mean(reward, max(1, len(at) // 10)), color=COLORS["blue"])
@@ -197,12 +201,11 @@ def _draw_rl(steps: Sequence[dict], evals: Sequence[dict]) -> Any:
         middle.plot([r["step"] for r in evals], [r["pass_at"][k] for r in evals], color=COLORS[color], marker="o", markersize=4, label=f"pass@{k}")
     middle.fill_between([r["step"] for r in evals], [r["low"] for r in evals], [r["high"] for r in evals], color=COLORS["orange"], alpha=0.2, linewidth=0)
     middle.set(title="held-out questions", ylim=(0, 1.02))
-    middle.legend(frameon=False, loc="lower right")
+    middle.legend(loc="lower right")
     right.plot(at, [r["length"] for r in steps], color=COLORS["green"])
     right.set(title="sampled tokens of a reply", ylim=(0, None))
     for ax in (left, middle, right):
         ax.set(xlabel="step", xlim=(0, None))
-        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 
@@ -311,7 +314,8 @@ def describe_rl(
     return (f"{last['task']}, held out, one try: {_cell(first)} before, {_cell(last)} after {last['step']} steps of "
             f"{config['settings']['questions']} questions with {config['settings']['samples']} replies each.\n")
 
-# %% ../nbs/57_report.ipynb #1589dad3
+# %% ../nbs/57_report.ipynb #0b51b37f
+@in_course_style
 def draw_scores(
     records: Sequence[dict],
 ) -> Any:  # a matplotlib figure, or None before the first evaluation
@@ -322,7 +326,7 @@ def draw_scores(
     tasks, sources = list(dict.fromkeys(task for task, _ in scores)), [s for s in SOURCES if any(s == source for _, source in scores)]
     if not scores:
         return None
-    fig, ax = plt.subplots(figsize=(min(14, max(4.5, 1.3 * len(tasks))), 3.3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(min(14, max(4.5, 1.3 * len(tasks))), 3.3))
     width, colors = 0.8 / len(sources), dict(zip(SOURCES, ("grey", "orange", "blue", "purple")))
     for i, source in enumerate(sources):
         found = [(x, scores[task, source]) for x, task in enumerate(tasks) if (task, source) in scores]
@@ -336,8 +340,7 @@ def draw_scores(
             guessed = True
     ax.set(ylim=(0, 1.05), xlim=(-0.6, len(tasks) - 0.4), ylabel="accuracy", xticks=range(len(tasks)))
     ax.set_xticklabels(tasks, **({"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if len(tasks) > 10 else {}))
-    ax.legend(frameon=False, ncols=len(sources) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(ncols=len(sources) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return fig
 
 # %% ../nbs/57_report.ipynb #cba0bd55
@@ -388,6 +391,24 @@ def resume_command(
     corpus = settings.get("corpus", PRESETS[preset]["data"]["corpus"])
     other = f" --corpus {corpus}" if corpus != PRESETS[preset]["data"]["corpus"] else ""
     return f"nanochat run --preset {preset} --run {name}{other}"
+
+# %% ../nbs/57_report.ipynb #f24b9fb8
+def describe_progress(
+    records: Sequence[dict],
+    now: float,  # seconds since 1970
+) -> str:
+    "Where a run is: stage, step, loss, speed, time left; and, if it is silent for long, how long ago it was heard of."
+    if not records:
+        return "nothing yet"
+    stage, steps = records[-1]["stage"], select(records, records[-1]["stage"], "step")
+    if records[-1]["kind"] == "summary" or not steps:
+        return f"{stage} {'is done' if records[-1]['kind'] == 'summary' else 'has begun'}"
+    last, quiet = steps[-1], now - records[-1]["time"]
+    total, pace = newest(records, stage, "config").get("steps", last["step"]), last["seconds"] / last["step"]
+    name, speed = "reward" if stage == "rl" else "loss", median(r["tokens_per_second"] for r in steps[-20:])
+    line = (f"{stage}, step {last['step']:,} of {total:,}, {name} {last[name]:.3f}, {format_count(speed)} tokens a second, "
+            f"{format_seconds((total - last['step']) * pace)} left")
+    return line + (f"; last heard of {format_seconds(quiet)} ago" if quiet > max(30, 20 * pace) else "")
 
 # %% ../nbs/57_report.ipynb #25f67a42
 def summarize(
@@ -456,6 +477,42 @@ def make_report(
             atomic_write(run.path / "figures" / f"{name}.png", buffer.getvalue())
             names.append(name)
     return atomic_write(run.path / "report.md", compose_report(run.name, records, names))
+
+# %% ../nbs/57_report.ipynb #83be1886
+def wandb_rows(
+    records: Sequence[dict],
+) -> list[dict[str, float]]:  # one for each step and each measurement, in order
+    "The numbers of the training stages, by names such as `base/loss`."
+    return [{f"{r['stage']}/{key}": value for key, value in r.items() if isinstance(value, (int, float)) and key != "time"}
+            for r in records if r["stage"] in SOURCES and r["kind"] in ("step", "eval")]
+
+
+def copy_to_wandb(
+    run: Run,  # finished or not
+    project: str = "nanochat",  # where wandb puts it
+) -> Path:  # what `wandb sync` takes
+    "Write a run's records as an offline run of wandb: no network, no login. Raises `UserError` if wandb is not installed."
+    try:
+        from wandb import init
+    except ImportError as error:
+        if getattr(error, "name", None) != "wandb" or not isinstance(error, ModuleNotFoundError):
+            raise UserError(f"wandb can't be loaded ({error}): {sys.executable} -m pip install -U 'wandb>=0.19'") from error
+        raise UserError(f"wandb is not installed, and nothing else needs it: {sys.executable} -m pip install 'wandb>=0.19'") from None
+    records = run.records()
+    if not records:
+        raise UserError(f"run {run.name!r} has recorded nothing yet: nanochat run --run {run.name}")
+    number = hashlib.sha256(f"{run.name} {records[0]['time']}".encode()).hexdigest()[:8]  # the same each time: a later copy has the same id
+    shutil.rmtree(run.path / "wandb", ignore_errors=True)
+    copy = init(project=project, name=run.name, id=number, dir=str(run.path), mode="offline", config=run.choices(),
+                settings={"silent": True, "console": "off", "disable_git": True, "disable_code": True, "x_disable_stats": True, "x_disable_meta": True})
+    for stage in SOURCES:
+        copy.define_metric(f"{stage}/step")
+        copy.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    for row in wandb_rows(records):
+        copy.log(row)
+    copy.summary.update({f"{r['source']}/{r['task']}": r["accuracy"] for r in select(records, "eval", "score")})
+    copy.finish()
+    return next((run.path / "wandb").glob("offline-run-*"))
 
 # %% ../nbs/57_report.ipynb #aee66dd8
 @dataclass(frozen=True)

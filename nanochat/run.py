@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SOURCES', 'FREE_SETTINGS', 'NAME', 'CURES', 'EXERCISES', 'PRESETS', 'hold_file', 'append_line', 'Run',
-           'list_runs', 'find_run', 'make_config', 'read_settings']
+           'list_runs', 'find_run', 'make_config', 'check_values', 'read_settings']
 
 # %% ../nbs/48_run.ipynb #a1b554ea
 import dataclasses
@@ -224,10 +224,10 @@ def find_run(
         raise UserError(f"there is no run {name!r}; there is: {known}; nanochat run --preset tiny --run {name} makes it")
     return Run(name)
 
-# %% ../nbs/48_run.ipynb #b350a056
+# %% ../nbs/48_run.ipynb #34c901eb
 EXERCISES = "spelling=2.5,spelling_real=1.5,arithmetic=1,counting=1,reading=1,facts=0.6,facts_choice=0.3,chat=0.5,repeat=0.7"  # what midtraining practises
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {  # about 1M parameters; every stage together takes five minutes on two CPU cores
+    "tiny": {  # 1.3M parameters; every stage together takes five minutes on two CPU cores
         "data": {"corpus": "tinyworld", "shards": 4},
         "tokenizer": {"vocab_size": 2048, "max_chars": 3_000_000},
         "base": {"depth": 4, "width": 128, "heads": 1, "context": 256, "row": 160, "tokens": 2_496_000, "batch_tokens": 3840, "device_rows": 24,
@@ -240,7 +240,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rl": {"steps": 100, "device_rows": 64, "eval_every": 25, "save_every": 25},
         "eval": {"items": 100},
     },
-    "small": {  # about 5M parameters, half an hour
+    "small": {  # 5.8M parameters, half an hour
         "data": {"corpus": "tinyworld", "shards": 16},
         "tokenizer": {"vocab_size": 2048, "max_chars": 10_000_000},
         "base": {"depth": 6, "width": 256, "heads": 2, "context": 256, "tokens": 6_000_000, "batch_tokens": 8192, "device_rows": 16,
@@ -251,23 +251,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rl": {"steps": 100, "device_rows": 64, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
-    "medium": {  # about 15M parameters, two to three hours
+    "medium": {  # 17M parameters, about four hours
         "data": {"corpus": "tinyworld", "shards": 40},
         "tokenizer": {"vocab_size": 4096, "max_chars": 30_000_000},
         "base": {"depth": 8, "width": 384, "heads": 6, "context": 512, "tokens": 20_000_000, "batch_tokens": 16_384, "device_rows": 8,
                  "eval_every": 100, "eval_tokens": 160_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 5_000_000, "mixture": "tinyworld=50000"},
-        "sft": {"tokens": 1_000_000, "mixture": "tinyworld=10000"},
+        "mid": {"tokens": 5_000_000, "device_rows": 8, "mixture": "tinyworld=50000"},
+        "sft": {"tokens": 1_000_000, "device_rows": 8, "mixture": "tinyworld=10000"},
         "rl": {"steps": 100, "device_rows": 32, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
-    "large": {  # about 50M parameters, a night
+    "large": {  # 57M parameters, about a day
         "data": {"corpus": "tinyworld", "shards": 80},
         "tokenizer": {"vocab_size": 8192, "max_chars": 100_000_000},
         "base": {"depth": 12, "width": 576, "heads": 9, "context": 512, "tokens": 40_000_000, "batch_tokens": 32_768, "device_rows": 8,
                  "eval_every": 100, "eval_tokens": 160_000, "sample_every": 200, "save_every": 100},
-        "mid": {"tokens": 8_000_000, "mixture": "tinyworld=80000"},
-        "sft": {"tokens": 2_000_000, "mixture": "tinyworld=20000"},
+        "mid": {"tokens": 8_000_000, "device_rows": 8, "mixture": "tinyworld=80000"},
+        "sft": {"tokens": 2_000_000, "device_rows": 8, "mixture": "tinyworld=20000"},
         "rl": {"steps": 100, "device_rows": 16, "eval_every": 25, "save_every": 25},
         "eval": {"items": 200},
     },
@@ -296,7 +296,7 @@ PRESETS["demo"] = {  # tiny cut to seconds: for tests, and to see whether everyt
     "eval": {"items": 8},
 }
 
-# %% ../nbs/48_run.ipynb #c520395f
+# %% ../nbs/48_run.ipynb #efe9507e
 def make_config(
     cls: type,  # a frozen dataclass with a `STAGE` attribute and fields `run` and `preset`
     preset: str = "tiny",  # a key of PRESETS
@@ -313,16 +313,38 @@ def make_config(
     chosen = {key: value for key, value in values.items() if value is not None}
     return cls(**{**shared, **PRESETS[preset].get(cls.STAGE, {}), "preset": preset, **chosen})
 
-# %% ../nbs/48_run.ipynb #b056f5ff
+
+def check_values(
+    cfg: Any,  # a stage's configuration
+    least: dict[str, int],  # setting -> the smallest value that makes sense
+    known: dict[str, tuple[str, ...]],  # setting -> the words that it may be
+) -> None:
+    "What a configuration asks itself when it is made. Raises `UserError` for a value that no stage could use."
+    stage, usual = getattr(cfg, "STAGE", "base"), {field.name: field.default for field in dataclasses.fields(cfg)}
+    for key, bound in least.items():
+        if (value := getattr(cfg, key)) < bound:
+            raise UserError(f"{stage}.{key} must be at least {bound}, not {value}: --set {stage}.{key}={max(bound, usual[key])}")
+    for key, words in known.items():
+        if (value := getattr(cfg, key)) not in words:
+            raise UserError(f"{stage}.{key} can't be {value!r}; choose from {', '.join(words)}: --set {stage}.{key}={usual[key]}")
+
+# %% ../nbs/48_run.ipynb #7a12170f
+def _read_count(text: str) -> int:
+    "A whole number as people write it: 1000000, 1_000_000 or 1e6."
+    number = float(text) if "e" in text.lower() else int(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
 def _read_value(text: str, kind: str, key: str) -> Any:
     "Text as the type that a dataclass field declares."
-    readers = {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str,
-               "bool": lambda t: {"true": True, "false": False}[t.lower()]}
+    readers = {"int": _read_count, "float": float, "str": str, "bool": lambda t: {"true": True, "false": False}[t.lower()]}
     for name in kind.replace(" ", "").split("|"):
         if name in readers:
             try:
                 return readers[name](text)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, OverflowError):
                 continue
     raise UserError(f"{key}={text!r} is not of type {kind}: --set {key}=VALUE")
 

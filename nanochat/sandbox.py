@@ -8,16 +8,18 @@ __all__ = ['DEVICES', 'READ_ONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'NOAT
            'PROBED', 'finish_program', 'flush_output', 'run_code', 'describe_error', 'limit_resources', 'call_libc',
            'enter_namespaces', 'library_paths', 'hang_in', 'build_root', 'set_privilege', 'die_with_parent',
            'become_nobody', 'wait_for', 'refuse_init', 'isolate', 'is_allowed', 'install_guards', 'enter_guarded',
-           'main', 'Limits', 'Outcome', 'SandboxError', 'read_output', 'stop_process', 'judge', 'launch', 'find_mode',
-           'run_program', 'run_programs', 'protections', 'describe_protections']
+           'read_exactly', 'read_request', 'close_in', 'main', 'Limits', 'Outcome', 'SandboxError', 'read_output',
+           'stop_process', 'judge', 'start_process', 'launch', 'find_mode', 'run_program', 'run_programs',
+           'open_program', 'protections', 'describe_protections']
 
-# %% ../nbs/33_sandbox.ipynb #da8f9461
+# %% ../nbs/33_sandbox.ipynb #73cf63cd
 import ctypes
 import os
 import signal
 import sys
 
-if not sys.flags.no_site:  # the process that runs a program starts without site, and faster without these
+if __name__ != "__main__" or not sys.flags.no_site:  # as the script of a new process it starts faster without these
+    import contextlib
     import functools
     import importlib.util
     import math
@@ -28,7 +30,7 @@ if not sys.flags.no_site:  # the process that runs a program starts without site
     import subprocess
     import tempfile
     import time
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from dataclasses import dataclass
     from pathlib import Path
@@ -88,14 +90,14 @@ def describe_error(
         text = f"(no text: {type(second).__name__})"
     return f"{type(error).__name__}: {text}"[:300].rstrip(": ")
 
-# %% ../nbs/33_sandbox.ipynb #bd916a17
+# %% ../nbs/33_sandbox.ipynb #44093c57
 def limit_resources(
-    numbers: dict[str, int],  # cpu_seconds, memory, file_bytes, processes
+    numbers: dict[str, int],  # cpu_seconds, memory, mapped, file_bytes, processes
 ) -> None:
     "Set the kernel's limits for this process and all that it starts."
     import resource  # Windows has none
 
-    limits = {"CPU": numbers["cpu_seconds"], "AS": numbers["memory"], "FSIZE": numbers["file_bytes"], "NPROC": numbers["processes"],
+    limits = {"CPU": numbers["cpu_seconds"], "DATA": numbers["memory"], "AS": numbers["memory"] + numbers["mapped"], "FSIZE": numbers["file_bytes"], "NPROC": numbers["processes"],
               "CORE": 0, "NOFILE": 64}
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
@@ -132,17 +134,19 @@ def enter_namespaces(
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
 
-# %% ../nbs/33_sandbox.ipynb #8ac13650
+# %% ../nbs/33_sandbox.ipynb #cc3108b8
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 READ_ONLY, NOSUID, NODEV, NOEXEC, REMOUNT, NOATIME, NODIRATIME = 1, 2, 4, 8, 32, 1024, 2048  # of mount, from linux/mount.h
 BIND, RECURSIVE, PRIVATE, RELATIME = 4096, 16384, 1 << 18, 1 << 21
 
 
-def library_paths() -> list[str]:  # none inside another
+def library_paths(
+    more: tuple[str, ...] = (),  # absolute paths of further directories and files
+) -> list[str]:  # none inside another
     "The directories that a Python program reads: Python's library and shared libraries."
     wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", os.path.join(sys.base_prefix, "lib"), *sys.path]
     kept: list[str] = []
-    for path in sorted(filter(os.path.isdir, wanted), key=len):
+    for path in sorted([*filter(os.path.isdir, wanted), *filter(os.path.exists, more)], key=len):
         if not any(path == other or path.startswith(other + "/") for other in kept):
             kept.append(path)
     return kept
@@ -172,15 +176,16 @@ def hang_in(
 def build_root(
     root: str,  # an empty directory; outside the namespace it stays empty
     file_bytes: int,  # all that the program may write, in bytes
+    paths: tuple[str, ...] = (),  # what it may read besides Python's library
 ) -> None:
     "Build the new tree of files and move into it for good. Raises `OSError`."
     call_libc("mount", None, b"/", None, PRIVATE | RECURSIVE, None)
     call_libc("mount", b"tmpfs", root.encode(), b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755")
-    for path in (*library_paths(), *filter(os.path.exists, DEVICES)):
-        hang_in(root, path)
-    os.makedirs(f"{root}/tmp", exist_ok=True)
+    os.mkdir(f"{root}/tmp")  # first, for one of the paths may lie in it
     size = f"size={max(file_bytes, 4096)},nr_inodes=4096,mode=1777"
     call_libc("mount", b"tmpfs", f"{root}/tmp".encode(), b"tmpfs", NOSUID | NODEV, size.encode())
+    for path in (*library_paths(paths), *filter(os.path.exists, DEVICES)):
+        hang_in(root, path)
     call_libc("mount", None, root.encode(), None, REMOUNT | BIND | READ_ONLY | NOSUID | NODEV, None)
     os.chroot(root)
     os.chdir("/tmp")
@@ -226,7 +231,7 @@ def become_nobody(
         call_libc("capset", header, (ctypes.c_uint32 * 6)(rights, rights, 0, 0, 0, 0))
     set_privilege(38, 1)  # PR_SET_NO_NEW_PRIVS: no program that it starts has more rights than it
 
-# %% ../nbs/33_sandbox.ipynb #5a1f3514
+# %% ../nbs/33_sandbox.ipynb #7528e8f4
 def wait_for(
     child: int,  # process id
     pass_code: bool,  # end with the child's exit code; False: with 0, for a program may choose any
@@ -252,6 +257,7 @@ def refuse_init(
 def isolate(
     as_root: bool,  # False: in a user namespace
     numbers: dict[str, int],  # parent, seconds, file_bytes
+    paths: tuple[str, ...] = (),  # what may be read besides Python's library
 ) -> None:
     "Go on as process 2 of a new world; the two processes above wait. Raises `OSError`."
     user = 2_000_000_000 + os.getpid() if as_root else None
@@ -262,14 +268,14 @@ def isolate(
     die_with_parent(0)  # outside has no number in here
     signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signal.SIGKILL))
     signal.alarm(numbers["seconds"] + 5)  # should the launcher have died before the line above
-    build_root(os.getcwd(), numbers["file_bytes"])
+    build_root(os.getcwd(), numbers["file_bytes"], paths)
     if program := os.fork():
         wait_for(program, pass_code=False)
     os.setsid()
     become_nobody(user)
     sys.addaudithook(refuse_init)
 
-# %% ../nbs/33_sandbox.ipynb #c1eba9cd
+# %% ../nbs/33_sandbox.ipynb #cfd54529
 READS = {"os.listdir", "os.scandir"}
 WRITES = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.chmod", "os.truncate", "os.utime", "os.chdir"}
 HARMLESS = {"os.putenv", "os.unsetenv", "os.walk", "os.fwalk"}
@@ -318,10 +324,11 @@ def is_allowed(
 
 def install_guards(
     scratch: str,  # the program's directory, the only place where it may write
+    paths: tuple[str, ...] = (),  # what it may read besides Python's library
 ) -> None:
     "Refuse what reaches outside, for the rest of this process."
     scratch = os.path.realpath(scratch)
-    readable = (scratch, *map(os.path.realpath, library_paths()), *DEVICES)
+    readable = (scratch, *map(os.path.realpath, library_paths(paths)), *DEVICES)
 
     def refuse(event, arguments):
         if not is_allowed(event, arguments, scratch, readable):
@@ -355,24 +362,62 @@ def enter_guarded(
                 become_nobody(None)
     die_with_parent(numbers["parent"])  # last: a change of user undoes it
 
-# %% ../nbs/33_sandbox.ipynb #f2dbbe4a
-def main() -> None:
-    "Run the program that comes on standard input, and write the verdict on standard output."
-    header, _, code = sys.stdin.buffer.read().partition(b"\n")
+# %% ../nbs/33_sandbox.ipynb #9b55f36c
+def read_exactly(
+    file: int,  # a file descriptor
+    count: int,  # bytes
+) -> bytes:
+    "Read so many bytes, or as many as there are."
+    data = b""
+    while len(data) < count and (chunk := os.read(file, count - len(data))):
+        data += chunk
+    return data
+
+
+def read_request() -> tuple[str, str, dict[str, int], tuple[str, ...], str]:  # nonce, mode, numbers, readable paths, program
+    "Read from standard input what this process is to do."
+    header = b""
+    while not header.endswith(b"\n"):
+        header += os.read(0, 1) or b"\n"
     nonce, mode, *pairs = header.decode().split()
     numbers = {name: int(value) for name, value in (pair.split("=") for pair in pairs)}
+    paths, code = (read_exactly(0, numbers.pop(name)).decode("utf-8", "surrogatepass") for name in ("path_bytes", "code_bytes"))
+    return nonce, mode, numbers, tuple(filter(None, paths.split("\0"))), code
+
+
+def close_in(
+    mode: str,  # "root", "user", "guards", or "trusted": limits only
+    numbers: dict[str, int],
+    paths: tuple[str, ...],  # what may be read besides Python's library
+) -> None:
+    "Give up what the program must not have. Raises `OSError`."
+    if mode == "trusted":
+        numbers["processes"] = 2**30
+        die_with_parent(numbers["parent"])
+    elif mode == "guards":
+        enter_guarded(numbers)
+    else:
+        isolate(mode == "root", numbers, paths)
+    limit_resources(numbers)
+
+
+def main() -> None:
+    "Run the program that comes on standard input, and write the verdict on standard output."
+    nonce, mode, numbers, paths, code = read_request()
     os.environ.clear()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if not numbers["stays_open"]:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        enter_guarded(numbers) if mode == "guards" else isolate(mode == "root", numbers)
-        limit_resources(numbers)
+        close_in(mode, numbers, paths)
     except Exception as error:
         os.write(1, f"\n{nonce} broken {describe_error(error)}\n".encode())
         os._exit(1)
     if mode == "guards":
-        install_guards(os.getcwd())
+        install_guards(os.getcwd(), paths)
+    if numbers["stays_open"]:
+        os.write(1, f"\n{nonce} open\n".encode())
     first = os.getpid()
-    reason = run_code(code.decode("utf-8", "surrogatepass"))
+    reason = run_code(code)
     try:
         flush_output()  # a program that failed may have printed something too
     except Exception as error:
@@ -385,14 +430,15 @@ def main() -> None:
 if __name__ == "__main__" and sys.flags.no_site:  # started as a script, by `launch`
     main()
 
-# %% ../nbs/33_sandbox.ipynb #69a6c02e
+# %% ../nbs/33_sandbox.ipynb #a9134295
 @dataclass(frozen=True)
 class Limits:
     "What a program may use."
 
     seconds: float = 5.0  # on the clock, from start to end
     cpu_seconds: int = 5  # of computing, for each process
-    memory: int = 512 * 2**20  # bytes of address space, for each process; Python itself takes about 30 MB
+    memory: int = 512 * 2**20  # bytes, for each process; Python itself takes about 30 MB
+    mapped: int = 0  # bytes of address space besides, for a program that maps large files such as PyTorch's libraries
     file_bytes: int = 16 * 2**20  # bytes of a file; with namespaces, of all files together
     processes: int = 16  # processes and threads; none besides the first without namespaces
     output_bytes: int = 2**20  # bytes printed
@@ -411,7 +457,7 @@ class Outcome:
 class SandboxError(RuntimeError):
     "The sandbox itself failed, not the program in it."
 
-# %% ../nbs/33_sandbox.ipynb #f597755a
+# %% ../nbs/33_sandbox.ipynb #0acac74e
 def read_output(
     process: subprocess.Popen[bytes],
     limits: Limits,
@@ -453,12 +499,14 @@ def stop_process(
     while poll.poll(max(0, 1000 * (end - time.perf_counter()))) and os.read(process.stdout.fileno(), 2**16):
         pass  # the pipe closes when the last process inside has ended
     process.stdout.close()
+    with contextlib.suppress(OSError):
+        process.stdin.close()
     shutil.rmtree(directory, ignore_errors=True)
     if os.path.exists(directory):  # directories without rights, or thousands deep
         subprocess.run(["chmod", "-R", "u+rwx", directory], capture_output=True)
         subprocess.run(["rm", "-rf", directory], capture_output=True)
 
-# %% ../nbs/33_sandbox.ipynb #eef7c2b8
+# %% ../nbs/33_sandbox.ipynb #90a524fe
 def judge(
     data: bytes,  # all that came out
     nonce: str,
@@ -480,27 +528,45 @@ def judge(
     return reason or "ended early", output
 
 
+def start_process(
+    code: str,
+    limits: Limits,
+    mode: str,  # "root", "user", "guards" or "trusted"
+    paths: Sequence[str] = (),  # absolute; what it may read besides Python's library
+    stays_open: bool = False,  # its standard input goes on after the program
+) -> tuple[subprocess.Popen[bytes], str, str]:  # the process, its nonce, and its directory, for `stop_process`
+    "Start a process and hand it a program."
+    nonce, scratch = secrets.token_hex(16), tempfile.mkdtemp(prefix="nanochat-sandbox-")
+    script, places, program = importlib.util.find_spec("nanochat.sandbox").origin, "\0".join(paths).encode(), code.encode("utf-8", "surrogatepass")
+    numbers = {"seconds": math.ceil(limits.seconds), "cpu_seconds": limits.cpu_seconds, "memory": limits.memory, "mapped": limits.mapped,
+               "file_bytes": limits.file_bytes, "processes": limits.processes, "parent": os.getpid(), "stays_open": int(stays_open),
+               "path_bytes": len(places), "code_bytes": len(program)}
+    header = " ".join([nonce, mode, *(f"{name}={value}" for name, value in numbers.items())])
+    process = subprocess.Popen([sys._base_executable or sys.executable, "-I", "-S", "-X", "utf8", script], cwd=scratch, start_new_session=True,
+                               env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # some Pythons start with it only
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        process.stdin.write(header.encode() + b"\n" + places + program)
+        process.stdin.flush()
+        if not stays_open:
+            process.stdin.close()
+    except BrokenPipeError:
+        pass  # Python didn't start; what it printed says why
+    except BaseException:
+        stop_process(process, scratch)
+        raise
+    return process, nonce, scratch
+
+
 def launch(
     code: str,
     limits: Limits,
     mode: str,  # "root", "user" or "guards", from find_mode
 ) -> Outcome:
     "Run a program in a process of its own. Raises `SandboxError` if that can't be set up."
-    nonce, start = secrets.token_hex(16), time.perf_counter()
-    scratch = tempfile.mkdtemp(prefix="nanochat-sandbox-")
-    numbers = {"seconds": math.ceil(limits.seconds), "cpu_seconds": limits.cpu_seconds, "memory": limits.memory,
-               "file_bytes": limits.file_bytes, "processes": limits.processes, "parent": os.getpid()}
-    header = " ".join([nonce, mode, *(f"{name}={value}" for name, value in numbers.items())])
-    script = importlib.util.find_spec("nanochat.sandbox").origin
-    process = subprocess.Popen([sys._base_executable or sys.executable, "-I", "-S", "-X", "utf8", script], cwd=scratch, start_new_session=True,
-                               env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},  # some Pythons start with it only
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    start = time.perf_counter()
+    process, nonce, scratch = start_process(code, limits, mode)
     try:
-        try:
-            with process.stdin:
-                process.stdin.write(header.encode() + b"\n" + code.encode("utf-8", "surrogatepass"))
-        except BrokenPipeError:
-            pass  # Python didn't start; what it printed says why
         data, stopped = read_output(process, limits, start + limits.seconds)
     finally:
         stop_process(process, scratch)
@@ -548,6 +614,30 @@ def run_programs(
     find_mode(namespaces)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda code: run_program(code, limits, namespaces), codes))
+
+# %% ../nbs/33_sandbox.ipynb #33659016
+@contextlib.contextmanager
+def open_program(
+    code: str,  # a Python program that reads standard input and writes standard output
+    limits: Limits = Limits(),  # `output_bytes` is left to the caller, and so is the time, but for a few seconds
+    paths: Sequence[str] = (),  # absolute; directories and files that it may read besides Python's library
+    mode: str | None = None,  # "trusted": limits only; None: from find_mode
+) -> Iterator[subprocess.Popen[bytes]]:  # a process with open `stdin` and `stdout`; stopped when the block ends
+    "Start a program that nobody has read, to talk with it. Raises `SandboxError` if that can't be set up."
+    process, nonce, scratch = start_process(code, limits, mode or find_mode(), paths, stays_open=True)
+    try:
+        data, poll, sign = b"", select.poll(), f"\n{nonce} open\n".encode()
+        poll.register(process.stdout, select.POLLIN)
+        while not data.endswith(sign):
+            chunk = os.read(process.stdout.fileno(), 1) if poll.poll(20_000) else b""
+            data += chunk
+            if not chunk or len(data) > 2**16:
+                reason, output = judge(data, nonce, process.poll() or 0, limits)
+                reason = f"{reason} {output[:300].decode('utf-8', 'replace')}"
+                raise SandboxError(f"the program could not be started: {reason}")
+        yield process
+    finally:
+        stop_process(process, scratch)
 
 # %% ../nbs/33_sandbox.ipynb #dadce5ac
 PROBE = """

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['LOSS', 'BPB', 'FAILED', 'TrainConfig', 'build_optimizer', 'count_targets', 'accumulate_gradients', 'in_notebook',
            'draw_curves', 'Progress', 'StepJudge', 'StopRequest', 'StopNow', 'Stopped', 'describe_machine',
-           'row_length', 'compute_precision', 'Trainer', 'find_best', 'best_checkpoint', 'pause', 'advance',
-           'leave_out', 'train', 'read_deadline', 'announce', 'read_timeout', 'process_group', 'watch_parent',
-           'describe_failure', 'run_worker', 'job_nodes', 'srun_command', 'RankProcesses', 'launch', 'load_model']
+           'row_length', 'compute_precision', 'describe_damaged', 'Trainer', 'find_best', 'best_checkpoint', 'pause',
+           'advance', 'leave_out', 'train', 'read_deadline', 'announce', 'read_timeout', 'process_group',
+           'watch_parent', 'describe_failure', 'run_worker', 'job_nodes', 'srun_command', 'RankProcesses', 'launch',
+           'RandomRows', 'name_kernel', 'probe_speed', 'answer_probe', 'run_probe', 'load_model']
 
-# %% ../nbs/50_train.ipynb #550add1a
+# %% ../nbs/50_train.ipynb #107aec87
 import importlib
 import json
 import math
 import os
 import platform
 import queue
+import shlex
 import shutil
 import signal
 import socket
@@ -26,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -36,6 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .attention import attention_kernel
 from .bpb import bits_per_byte
 from nanochat.checkpoint import (
     checkpoint_step,
@@ -48,15 +51,26 @@ from nanochat.checkpoint import (
     set_random_state,
     verify_checkpoint,
 )
-from .common import Ranks, UserError, atomic_write, fast_dtype, format_bytes, format_count, format_seconds, get_device, get_ranks
-from .costs import count_due, estimate_bytes, estimate_seconds, memory_used, peak_flops, restore_after
+from nanochat.common import (
+    Ranks,
+    UserError,
+    atomic_write,
+    fast_dtype,
+    format_bytes,
+    format_count,
+    format_seconds,
+    get_device,
+    get_ranks,
+    in_course_style,
+)
+from .costs import count_due, estimate_bytes, estimate_seconds, flops_per_token, memory_used, peak_flops, restore_after
 from .dataloader import RowLoader
 from .gpt import GPT, GPTConfig
 from .optim import Optimizer, ParamGroup, lr_schedule, muon_momentum
-from .run import Run
+from .run import Run, check_values
 from .tokenizer import Tokenizer
 
-# %% ../nbs/50_train.ipynb #80790f4e
+# %% ../nbs/50_train.ipynb #a952d475
 @dataclass(frozen=True)
 class TrainConfig:
     "What every training stage has in common."
@@ -86,6 +100,10 @@ class TrainConfig:
     seed: int = 1337  # of weights and data order
     precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 where it is the faster one
     compile: bool = False  # torch.compile: faster steps for half a minute of waiting
+
+    def __post_init__(self):
+        check_values(self, {"tokens": 0, "batch_tokens": 1, "row": 0, "device_rows": 1, "processes": 0, "keep": 1, "bad_steps": 1, "eval_every": 0, "sample_every": 0,
+                            "save_every": 0}, {"precision": ("auto", "float32", "bfloat16"), "device": ("auto", "cuda", "mps", "cpu")})
 
 # %% ../nbs/50_train.ipynb #e0c488e6
 def build_optimizer(
@@ -128,7 +146,7 @@ def accumulate_gradients(
         loss = loss + part.detach()
     return loss
 
-# %% ../nbs/50_train.ipynb #29f4808c
+# %% ../nbs/50_train.ipynb #bc045988
 def in_notebook() -> bool:  # True in a live Jupyter kernel, False in a terminal or a job
     "Whether there is a live notebook to draw in. `NANOCHAT_PROGRESS=lines` says no."
     if os.environ.get("NANOCHAT_PROGRESS") == "lines" or "ipykernel" not in sys.modules:
@@ -141,6 +159,7 @@ def in_notebook() -> bool:  # True in a live Jupyter kernel, False in a terminal
 LOSS, BPB = "training loss (nats a token)", "validation bits per byte"
 
 
+@in_course_style
 def draw_curves(
     points: dict[str, list[tuple[float, float]]],  # title -> [(tokens, value)], of what is measured at every step, and of what now and then
     floor: float | None = None,  # bits per byte that no model can beat
@@ -152,12 +171,11 @@ def draw_curves(
 
     from nanochat.common import COLORS
 
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8))
     for ax, (title, curve), color, marker in zip(axes, points.items(), ("blue", "orange"), (None, "o")):
         if curve:
             ax.plot(*zip(*curve), color=COLORS[color], marker=marker, markersize=4)
         ax.set(xlabel=unit, title=title)
-        ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
         if total:
             ax.set_xlim(0, total)
@@ -167,7 +185,7 @@ def draw_curves(
         axes[1].set_ylim(0.9 * (floor or min(late)), 1.1 * max(late))
     if floor and bpb:
         axes[1].axhline(floor, color=COLORS["green"], linestyle="--", label=f"floor {floor:.3f}")
-        axes[1].legend(frameon=False)
+        axes[1].legend()
     return fig
 
 # %% ../nbs/50_train.ipynb #2893236f
@@ -316,12 +334,15 @@ class StopNow(Exception):
 class Stopped(SystemExit):
     "The stage was asked to stop and saved its state; the same command goes on from there. Exit code 3."
 
-# %% ../nbs/50_train.ipynb #5cd3a604
-def describe_machine(device: torch.device) -> dict[str, Any]:  # JSON-ready
+# %% ../nbs/50_train.ipynb #581e5fde
+def describe_machine(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,  # of the products; on a CPU the peak depends on it
+) -> dict[str, Any]:  # JSON-ready
     "What a reader of the report needs to compare times."
     return {"device": device.type, "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "system": platform.platform(), "peak_flops": peak_flops(device)}
+            "torch": torch.__version__, "system": platform.platform(), "precision": str(dtype).removeprefix("torch."), "peak_flops": peak_flops(device, dtype)}
 
 # %% ../nbs/50_train.ipynb #237d0204
 def row_length(
@@ -348,7 +369,15 @@ def compute_precision(
         dist.all_reduce(faster, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if faster.item() else torch.float32
 
-# %% ../nbs/50_train.ipynb #68ab7b94
+# %% ../nbs/50_train.ipynb #7fc24830
+def describe_damaged(
+    directory: Path,  # of a stage
+) -> str:  # empty if there are none
+    "Which checkpoints were set aside because they are damaged."
+    names = ", ".join(path.name for path in sorted(directory.glob("step_*.broken")))
+    return f"none of the checkpoints in {directory} is whole ({names})" if names else ""
+
+# %% ../nbs/50_train.ipynb #0f2bff4a
 @dataclass
 class Trainer:
     "State of one training stage."
@@ -390,8 +419,11 @@ class Trainer:
         self.row, self.step_size = row_length(self.cfg, self.model.config), self.cfg.batch_tokens
         row_tokens = self.cfg.device_rows * self.row * self.ranks.world
         if self.cfg.batch_tokens % row_tokens:
+            rows, left = divmod(self.cfg.batch_tokens, self.row * self.ranks.world)  # of each rank; the batch is part of the recipe, device_rows is not
+            setting, value = (("batch_tokens", -(-self.cfg.batch_tokens // row_tokens) * row_tokens) if left else
+                              ("device_rows", max(n for n in range(1, self.cfg.device_rows + 1) if rows % n == 0)))
             raise UserError(f"batch_tokens {self.cfg.batch_tokens} must be a multiple of device_rows x row x ranks = {row_tokens}: "
-                            f"--set {self.stage}.batch_tokens={-(-self.cfg.batch_tokens // row_tokens) * row_tokens}")
+                            f"--set {self.stage}.{setting}={value}")
         self.micro_batches = self.cfg.batch_tokens // row_tokens
         self.steps = max(1, round((self.cfg.tokens or len(self.loader.store) * self.row) / self.cfg.batch_tokens))
 
@@ -473,6 +505,8 @@ class Trainer:
     def find_checkpoint(self) -> Path | None:
         "The newest whole checkpoint, as the main rank finds it: it alone knows that nobody writes any more."
         path = latest_checkpoint(self.directory) if self.ranks.is_main else None
+        if self.ranks.is_main and path is None and os.environ.get("NANOCHAT_JOB") and (damaged := describe_damaged(self.directory)):
+            raise UserError(f"{damaged}; a job doesn't begin {self.stage} anew by itself: restore one of them, or give it up with rm -r {shlex.quote(str(self.directory))}")
         if self.ranks.world == 1:
             return path
         step = torch.tensor(checkpoint_step(path) if path else -1, device=self.device)
@@ -561,7 +595,7 @@ def best_checkpoint(
     verify_checkpoint(path)
     return path
 
-# %% ../nbs/50_train.ipynb #96eb0c75
+# %% ../nbs/50_train.ipynb #0f4955b0
 def pause(
     t: Trainer,  # between two steps
     progress: Progress,  # where to show what is found
@@ -583,7 +617,7 @@ def pause(
 def advance(
     t: Trainer,
     progress: Progress,
-    peak: float,  # floating-point operations a second of all ranks' devices together
+    peak: float,  # tokens a second at the peak of all ranks' devices together
 ) -> None:
     "One step, timed and recorded."
     start, position = time.perf_counter(), t.loader.position
@@ -597,7 +631,7 @@ def advance(
     seconds = time.perf_counter() - start
     t.seconds += seconds
     speed = numbers.pop("step_tokens") / seconds
-    mfu, fault = speed * t.model.flops_per_token() / peak, numbers.pop("fault")
+    mfu, fault = speed / peak, numbers.pop("fault")
     if fault:
         leave_out(t, progress, fault, numbers)
         return
@@ -618,7 +652,7 @@ def leave_out(
     if t.judge.bad >= t.cfg.bad_steps:
         raise UserError(t.advise(f"after {t.judge.bad} bad steps in a row, the last because {fault}"))
 
-# %% ../nbs/50_train.ipynb #36b4d3d7
+# %% ../nbs/50_train.ipynb #2175d88d
 def train(
     t: Trainer,  # what to train on what
 ) -> float:  # what is measured at the end: bits per byte on validation text
@@ -626,7 +660,7 @@ def train(
     with t.run.lock() if t.ranks.is_main else nullcontext(), StopRequest(t.run, deadline=read_deadline()) as t.stop:
         resumed = t.resume()
         progress = Progress(t.stage, t.steps, t.step_size, t.curves, t.unit, t.floor, quiet=not t.ranks.is_main)
-        peak = peak_flops(t.device, t.dtype) * t.ranks.world
+        peak = peak_flops(t.device, t.dtype) * t.ranks.world / flops_per_token(t.model.config, t.row)
         t.model.train()
         try:
             estimated, began = announce(t, progress, resumed), time.perf_counter()
@@ -644,7 +678,7 @@ def train(
               estimated_seconds=estimated, took=time.perf_counter() - began)
     return value
 
-# %% ../nbs/50_train.ipynb #2073107e
+# %% ../nbs/50_train.ipynb #51a8c02c
 def read_deadline() -> float | None:  # a time.time(), or None
     "When a job has to end: `NANOCHAT_DEADLINE`, in seconds since 1970, which a job script sets."
     return float(os.environ["NANOCHAT_DEADLINE"]) if os.environ.get("NANOCHAT_DEADLINE") else None
@@ -657,16 +691,18 @@ def announce(
 ) -> float:  # estimated seconds
     "Say, and record, what the stage will do and what it will cost."
     params, config = t.model.num_params(), t.model.config
-    t.log("environment", **describe_machine(t.device))
+    t.log("environment", **describe_machine(t.device, t.dtype))
     parts, tensors = t.estimate()
     seconds, memory = sum(parts.values()), memory_used()  # which the rehearsal has brought to its peak
     if resumed:
         progress.say(f"{t.stage} goes on from step {t.step}")
     else:
+        if damaged := describe_damaged(t.directory):
+            progress.say(f"{t.stage} begins anew: {damaged}")
         for record in t.data:
             t.log("data", **record)
     if not resumed or t.has_other_settings():
-        t.log("config", step=t.step, settings=asdict(t.cfg), model=asdict(config), params=params, steps=t.steps, ranks=t.ranks.world, flops_per_token=t.model.flops_per_token(),
+        t.log("config", step=t.step, settings=asdict(t.cfg), model=asdict(config), params=params, steps=t.steps, ranks=t.ranks.world, flops_per_token=flops_per_token(config, t.row),
               floor=t.floor, estimated_seconds=seconds, estimated_parts=parts, estimated_bytes=memory, tensor_bytes=tensors)
     progress.say(f"{t.stage}: {format_count(params)} parameters, {t.steps} steps of {format_count(t.step_size)} {t.unit}; about {format_seconds(seconds)} "
                  f"and {format_bytes(memory)} of memory on {t.device.type}, {format_bytes(tensors)} of it for weights, gradients and activations")
@@ -910,6 +946,84 @@ def launch(
     finally:
         path.unlink(missing_ok=True)
     return None
+
+# %% ../nbs/50_train.ipynb #1148e91c
+class RandomRows:
+    "Stands in for a loader where only speed counts: random tokens, always the same."
+    epoch = 0
+
+    def __init__(
+        self,
+        rows: int,
+        row: int,  # tokens
+        vocab_size: int,
+        device: torch.device,
+    ):
+        ids, self.position = torch.randint(vocab_size, (rows, row + 1), device=device), 0
+        self.batch = ids[:, :-1], ids[:, 1:]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            yield self.batch
+
+
+def name_kernel(
+    config: GPTConfig,
+    row: int,  # tokens
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,  # by torch.compile
+) -> str:  # as `attention_kernel` says it
+    "What attention is computed with while a model of these sizes is trained."
+    q, k = (torch.empty(1, heads, row, config.width // config.heads, device=device, dtype=dtype, requires_grad=True) for heads in (config.heads, config.kv_heads))
+    return attention_kernel(q, k, compiled)
+
+
+def probe_speed(
+    cfg: TrainConfig,
+    config: GPTConfig,
+    devices: int = 1,  # that share a batch; only one of them is used
+    steps: int = 20,  # at most
+    limit: float = 10.0,  # seconds, after which no more steps are begun
+) -> dict[str, Any]:  # tokens_per_second of one device, bytes, attention, precision
+    "Train a new model on random tokens for some steps, the first of which isn't counted."
+    device, size = get_device(cfg.device), cfg.batch_tokens // devices
+    cfg = replace(cfg, batch_tokens=size, tokens=size * (steps + 1), spike=0.0)
+    row = row_length(cfg, config)
+    loader = RandomRows(cfg.device_rows, row, config.vocab_size, device)
+    trainer = Trainer("probe", cfg, Run(cfg.run), GPT(config).to(device).init_weights(cfg.seed), None, loader, None)
+    seconds = estimate_seconds(trainer.train_step, steps, most=steps, limit=limit)
+    return {"tokens_per_second": steps * size / seconds, "bytes": memory_used(), "attention": name_kernel(config, row, device, trainer.dtype, cfg.compile),
+            "precision": str(trainer.dtype).removeprefix("torch.")}
+
+# %% ../nbs/50_train.ipynb #fabeab57
+def answer_probe() -> None:
+    "What the process does that `run_probe` starts: reads its question as JSON, and prints the answer as the last line."
+    settings, sizes, devices, limit = json.load(sys.stdin)
+    print("\n" + json.dumps(probe_speed(TrainConfig(**settings), GPTConfig(**sizes), devices, limit=limit)), flush=True)
+
+
+def run_probe(
+    cfg: TrainConfig,
+    config: GPTConfig,
+    devices: int = 1,  # that share a batch
+    limit: float = 10.0,  # seconds of counted steps
+    patience: float = 300.0,  # seconds for all of it
+) -> dict[str, Any]:  # as from `probe_speed`
+    "`probe_speed` in a process of its own. Raises `UserError` if the memory is not enough, `RuntimeError` if it fails otherwise."
+    question = json.dumps([{each.name: getattr(cfg, each.name) for each in fields(TrainConfig)}, asdict(config), devices, limit])
+    less = f"--set {cfg.STAGE}.device_rows={max(1, cfg.device_rows // 2)}"
+    try:
+        done = subprocess.run([sys.executable, "-c", "from nanochat.train import answer_probe; answer_probe()"], input=question, text=True, errors="replace",
+                              capture_output=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"a few steps of {cfg.STAGE} took more than {format_seconds(patience)} on this machine") from None
+    if done.returncode == -signal.SIGKILL or "OutOfMemoryError" in done.stderr or "can't allocate memory" in done.stderr:
+        raise UserError(f"the memory of this machine was not enough for a step of {cfg.STAGE} with {cfg.device_rows} rows: {less}")
+    if done.returncode:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise RuntimeError(f"a few steps of {cfg.STAGE} failed on this machine, and the last line was {said[:300]!r}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/50_train.ipynb #3b21d351
 def load_model(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'TokenizerConfig', 'estimate_training', 'run_tokenizer', 'learn_vocabulary']
 
-# %% ../nbs/51_train_tokenizer.ipynb #7336bce1
+# %% ../nbs/51_train_tokenizer.ipynb #3ab78d64
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -13,10 +13,10 @@ from itertools import chain
 
 from .common import format_count, format_seconds
 from .dataset import iter_texts, open_corpus
-from .run import Run
+from .run import Run, check_values
 from .tokenizer import Tokenizer, limit_chars
 
-# %% ../nbs/51_train_tokenizer.ipynb #ac125140
+# %% ../nbs/51_train_tokenizer.ipynb #909db42b
 @dataclass(frozen=True)
 class TokenizerConfig:
     "Settings of the tokenizer stage."
@@ -28,6 +28,9 @@ class TokenizerConfig:
     vocab_size: int = 1024  # tokens, the 9 special ones included; at least 265
     max_chars: int = 3_000_000  # text to learn from
     doc_chars: int = 10_000  # of one document, so that a single book can't take over
+
+    def __post_init__(self):
+        check_values(self, {"vocab_size": 265, "max_chars": 1, "doc_chars": 1, "shards": 1}, {})
 
 # %% ../nbs/51_train_tokenizer.ipynb #3e4a452b
 UNSEEN = 500_000  # characters of validation text that are tokenized at the end

@@ -7,10 +7,10 @@ __all__ = ['CUTS', 'INK', 'CURVES', 'Still', 'Panel', 'show', 'react', 'name_tok
            'count_tokens', 'explore_tokens', 'attention_weights', 'attention_html', 'browse_attention',
            'next_token_distribution', 'entropy_bits', 'distribution_html', 'describe_choice', 'Writer',
            'sampling_dials', 'sample_next', 'message_html', 'run_engines', 'ChatPanel', 'chat_panel', 'MetricsReader',
-           'figure_html', 'stage_points', 'describe_progress', 'Watcher', 'watch_run', 'curve_points',
-           'differing_settings', 'compare_results', 'draw_runs', 'compare_html', 'compare_runs']
+           'figure_html', 'stage_points', 'Watcher', 'watch_run', 'curve_points', 'differing_settings',
+           'compare_results', 'draw_runs', 'compare_html', 'compare_runs']
 
-# %% ../nbs/62_widgets.ipynb #ec6c3aca
+# %% ../nbs/62_widgets.ipynb #ecbc3c35
 import asyncio
 import io
 import math
@@ -20,7 +20,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from html import escape
-from statistics import median
 from typing import Any
 
 import ipywidgets as widgets
@@ -28,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from .chat import ChatSession
-from .common import COLORS, UserError, format_count, format_seconds
+from .common import COLORS, UserError, format_count
 from .engine import Engine, sample_tokens
 from .gpt import GPT
-from .report import best_known, newest, running_mean, select, table
+from .report import best_known, describe_progress, newest, running_mean, select, table
 from .run import SOURCES, Run, _parse_lines, find_run, list_runs
 from .tokenizer import Tokenizer
 from .train import BPB, LOSS, draw_curves, in_notebook, load_model
@@ -555,7 +554,7 @@ def figure_html(
     svg = file.getvalue().replace(INK, "currentColor").replace("*{stroke", ".nanochat-figure *{stroke")
     return f'<svg class="nanochat-figure" role="img" aria-label="{escape(alt)}" style="max-width:100%;height:auto" ' + svg.partition("<svg ")[2]
 
-# %% ../nbs/62_widgets.ipynb #6495195f
+# %% ../nbs/62_widgets.ipynb #9446c7bb
 def stage_points(
     records: Sequence[dict],
     stage: str,  # "base", "mid", "sft" or "rl"
@@ -568,24 +567,6 @@ def stage_points(
     stride = max(1, len(steps) // 1000)
     return {first[0]: list(zip([r[x] for r in steps], smooth))[::-stride][::-1],
             second[0]: [(r[x], r[second[1]]) for r in select(records, stage, "eval") if x in r and second[1] in r]}
-
-
-def describe_progress(
-    records: Sequence[dict],
-    now: float,  # seconds since 1970
-) -> str:
-    "Where a run is: stage, step, loss, speed, time left, or how long ago it was heard of."
-    if not records:
-        return "nothing yet"
-    stage, steps = records[-1]["stage"], select(records, records[-1]["stage"], "step")
-    if records[-1]["kind"] == "summary" or not steps:
-        return f"{stage} {'is done' if records[-1]['kind'] == 'summary' else 'has begun'}"
-    last, quiet = steps[-1], now - records[-1]["time"]
-    total, pace = newest(records, stage, "config").get("steps", last["step"]), last["seconds"] / last["step"]
-    name, speed = "reward" if stage == "rl" else "loss", median(r["tokens_per_second"] for r in steps[-20:])
-    line = (f"{stage}, step {last['step']:,} of {total:,}, {name} {last[name]:.3f}, {format_count(speed)} tokens a second, "
-            f"{format_seconds((total - last['step']) * pace)} left")
-    return line + (f"; last heard of {format_seconds(quiet)} ago" if quiet > max(30, 20 * pace) else "")
 
 # %% ../nbs/62_widgets.ipynb #3c525872
 class Watcher(Panel):

@@ -1,4 +1,4 @@
-"""What several files of tests share: real data, and a finished run of the demo preset."""
+"""What several files of tests share: real data, a finished run of the demo preset, and a cluster."""
 import contextlib
 import os
 import shutil
@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import slurm
+
 NANOCHAT = Path(sys.executable).with_name("nanochat")
+
+
+LONGEST = ("test_jobs.py", "test_assignments.py", "test_grading.py", "test_labs.py", "test_tiny.py", "test_doctor.py")  # begun first, so that two workers end together
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def call_nanochat(base, *arguments, environment=None, **kwargs):
@@ -59,6 +68,19 @@ def real_data():
     if folder is None:
         pytest.skip("set NANOCHAT_TEST_DATA to a folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A Slurm of two nodes, for one file of tests."
+    missing = slurm.missing_programs()
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"CI must install slurmctld, slurmd, slurm-client and munge: there is no {missing[0]}")
+    if missing:
+        pytest.skip(f"there is no {missing[0]}: apt install slurmctld slurmd slurm-client munge")
+    with slurm.Cluster() as started:
+        yield started
+    assert not started.leftovers()
 
 
 @contextlib.contextmanager

@@ -147,6 +147,12 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self.call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
 
+    def stop_daemon(self, name):
+        "Only slurmd dies; the job doesn't notice."
+        process = self.daemons.pop(name)
+        process.kill()
+        process.wait()
+
     def mend_node(self, name):
         self.start_node(name)
         self.call("scontrol", "update", f"NodeName={name}", "State=RESUME")

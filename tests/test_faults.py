@@ -187,6 +187,22 @@ def test_optimizer_state_moves_to_other_ranks_without_a_changed_bit(saved, resum
     assert found.keys() == union.keys() - {"steps"} and all(torch.equal(found[key], union[key]) for key in found)
 
 
+def test_when_no_checkpoint_is_whole(forker):
+    "A job leaves the decision to a person, and changes nothing; elsewhere the stage begins anew and says so."
+    run = forker.copy("none_whole", "base")
+    assert forker.run("base", run.name, stop_after=6, rehearse=False) == 3
+    for path in list_checkpoints(run.path / "base"):
+        (path / "model.safetensors").write_bytes(b"")
+    before = happened(run.name, "base")
+    for _ in range(2):
+        assert forker.run("base", run.name, rehearse=False, environment={"NANOCHAT_JOB": "7"}) == 2
+        assert "none of the checkpoints in" in said(forker) and said(forker).endswith(f"give it up with rm -r {run.path / 'base'}")
+        assert happened(run.name, "base") == before
+    assert forker.run("base", run.name, rehearse=False) == 0
+    assert "base begins anew: none of the checkpoints in" in forker.log.read_text()
+    assert happened(run.name, "base") == happened("whole", "base")
+
+
 def said(forker):
     return forker.log.read_text().splitlines()[-1]
 

@@ -49,4 +49,4 @@ def test_loss_equals_cross_entropy_of_the_logits_and_so_do_gradients(ignored):
         model.zero_grad()
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*gradients))  # float32 rounds to a part of the largest, here up to 25

@@ -8,7 +8,7 @@ import pytest
 from conftest import NANOCHAT
 
 from nanochat.common import UserError
-from nanochat.pipeline import NOTEBOOKS, Kernels, StageFailed, execute_stage, run_pipeline
+from nanochat.pipeline import NOTEBOOKS, Kernels, StageFailed, execute_stage, is_executed, keep_attempt, run_pipeline
 
 
 def find_kernels(log):
@@ -41,6 +41,26 @@ def test_each_stage_has_a_fresh_kernel_and_none_is_left(tmp_path, monkeypatch):
     assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
 
 
+def test_what_an_attempt_has_left_is_kept(tmp_path):
+    log, target = tmp_path / "kernel.log", tmp_path / "done" / "a.ipynb"
+    right, wrong = write_notebook(tmp_path / "right.ipynb", "print('right')"), write_notebook(tmp_path / "wrong.ipynb", "print('wrong')\nraise ValueError('two\\nlines')")
+    with Kernels(log, 5) as kernels:
+        execute_stage(right, target, {}, kernels)
+        for _ in range(2):
+            with pytest.raises(StageFailed, match=f"wrong.ipynb failed with ValueError: two lines; the executed notebook is {target}$"):
+                execute_stage(wrong, target, {}, kernels)
+        target.write_text(target.read_text()[:100])  # killed while it was written
+        for _ in range(2):
+            execute_stage(right, target, {}, kernels)
+    attempts = sorted((tmp_path / "done" / "attempts").iterdir())
+    assert [path.name for path in attempts] == ["a-1.ipynb", "a-2.ipynb"] and len(attempts[1].read_text()) == 100
+    assert "print('wrong')" in attempts[0].read_text() and "print('right')" in target.read_text()
+    attempts[0].unlink()  # by hand, to save space: the next one must not take the place of the second
+    target.write_text("{")
+    keep_attempt(target)
+    assert sorted(path.name for path in attempts[0].parent.iterdir()) == ["a-2.ipynb", "a-3.ipynb"] and len(attempts[1].read_text()) == 100
+
+
 def test_every_stage_that_takes_time_lets_the_next_one_load(demo):
     announced = [line for line in demo.stdout.splitlines() if "; about " in line and line.split(": ")[0] in NOTEBOOKS]
     assert [line.split(": ")[0] for line in announced] == ["tokenizer", "base", "mid", "sft", "eval"], demo.stdout
@@ -66,3 +86,5 @@ def test_ctrl_c_saves_and_leaves_no_kernel(tmp_path):
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "the same command goes on" in rest
     assert list((tmp_path / "runs" / "demo" / "base").glob("step_*")) and not find_kernels(tmp_path), rest
+    notebooks = tmp_path / "runs" / "demo" / "notebooks"
+    assert is_executed(notebooks / "51_train_tokenizer.ipynb") and not is_executed(notebooks / "52_pretrain.ipynb")

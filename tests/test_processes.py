@@ -199,9 +199,11 @@ def test_sigterm_to_the_launching_process_lets_the_ranks_save(tmp_path):
     program = ("import os, pathlib, signal, sys, time; name = pathlib.Path(sys.argv[1], os.environ['RANK'])\n"
                "def save(*_):\n    name.with_suffix('.saved').touch(); raise SystemExit(3)\n"
                "signal.signal(signal.SIGTERM, save); name.touch(); time.sleep(600)")
-    code = ("import os, sys; from nanochat.train import RankProcesses; "
-            "RankProcesses([sys.executable, '-Sc', sys.argv[1], sys.argv[2]], 2, dict(os.environ)).follow()")
-    process = subprocess.Popen([sys.executable, "-c", code, program, str(tmp_path)])
+    code = ("import os, signal, sys; from nanochat.train import RankProcesses; listen = signal.signal\n"
+            "def told(number, handler):\n    before = listen(number, handler); print('listens', flush=True); return before\n"
+            "ranks = RankProcesses([sys.executable, '-Sc', sys.argv[1], sys.argv[2]], 2, dict(os.environ)); signal.signal = told; ranks.follow()")
+    process = subprocess.Popen([sys.executable, "-c", code, program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "listens\n"
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 3

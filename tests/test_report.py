@@ -5,7 +5,18 @@ import re
 import pytest
 
 from nanochat.common import UserError
-from nanochat.report import active_seconds, best_known, compose_report, describe_costs, describe_missing, describe_stages, make_report, quote, table
+from nanochat.report import (
+    active_seconds,
+    best_known,
+    compose_report,
+    describe_costs,
+    describe_missing,
+    describe_progress,
+    describe_stages,
+    make_report,
+    quote,
+    table,
+)
 from nanochat.run import Run
 
 NAN = float("nan")
@@ -153,3 +164,13 @@ def test_cells_of_a_table_stay_cells():
 def test_two_machines_are_both_named():
     records = [*tokenizer(), environment("base", 1.0), environment("base", 9.0, device_name="other"), config("base", 1.0)]
     assert compose_report("r", records, []).count("| machine |") == 2
+
+
+def test_progress_in_words():
+    records = list(stage("base", 0, steps=10, done=False))
+    assert describe_progress([], 0) == "nothing yet" and describe_progress(records[:2], 0) == "base has begun"
+    line = describe_progress(records, records[-1]["time"] + 1)
+    assert line == "base, step 10 of 40, loss 2.000, 1.0K tokens a second, 30.0 s left"
+    assert describe_progress(records, records[-1]["time"] + 100) == f"{line}; last heard of 1 min 40 s ago"
+    assert describe_progress([*records, {"stage": "base", "kind": "summary", "time": 0}], 0) == "base is done"
+    assert "reward 0.250" in describe_progress([config("rl", 0), {"stage": "rl", "kind": "step", "time": 1, "step": 1, "reward": 0.25, "tokens_per_second": 5.0, "seconds": 1.0}], 0)

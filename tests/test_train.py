@@ -105,7 +105,8 @@ def test_a_complete_stage_is_not_run_again(base, capsys):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"width": 63}, "63"), ({"heads": 3}, "3"), ({"batch_tokens": 1000}, "batch_tokens"), ({"corpus": "moon"}, "moon"),
+    ({"width": 63}, "63"), ({"heads": 3}, "3"), ({"batch_tokens": 1000}, "--set base.batch_tokens=2048"), ({"batch_tokens": 2048 * 3, "device_rows": 64}, "--set base.device_rows=48"),
+    ({"corpus": "moon"}, "moon"),
 ])
 def test_bad_settings_get_one_sentence(base, settings, message):
     with pytest.raises(UserError, match=message):

@@ -33,7 +33,6 @@ from nanochat.widgets import (
     compare_results,
     compare_runs,
     curve_points,
-    describe_progress,
     differing_settings,
     distribution_html,
     entropy_bits,
@@ -467,15 +466,6 @@ def test_a_run_that_resumes_is_read_again(home):
 
 def select_steps(records):
     return [r for r in records if r["kind"] == "step"]
-
-
-def test_progress_in_words(home):
-    records = write_run("a", steps=20).records()
-    assert describe_progress([], 0) == "nothing yet" and describe_progress(records[:1], 0) == "base has begun"
-    line = describe_progress(records[:11], records[10]["time"] + 1)
-    assert line == "base, step 10 of 20, loss 2.100, 200 tokens a second, 5.0 s left"
-    assert describe_progress(records[:11], records[10]["time"] + 100).endswith("last heard of 1 min 40 s ago")
-    assert describe_progress([*records, {"stage": "base", "kind": "summary", "time": 0}], 0) == "base is done"
 
 
 def test_points_are_smoothed_and_few():
