@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
 GPUS = 8
 CONFIG = """
 ClusterName=test
@@ -55,7 +56,7 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 def missing_programs():
     "What Debian's slurmctld, slurmd, slurm-client and munge would bring."
-    return [name for name in (*DAEMONS, "sbatch") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")]
+    return [name for name in (*DAEMONS, "sbatch") if not shutil.which(name, path=PATH)]
 
 
 def free_ports(count):
@@ -78,7 +79,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.folder.chmod(0o755)  # munged refuses a folder that others can't see
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        self.environment = {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ["PATH"] + ":/usr/sbin"}
+        self.environment = {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
         try:
             self.write_files()
             self.start("munged", "munged", "-F", f"--socket={self.folder}/munge.socket", f"--key-file={self.folder}/munge.key",
