@@ -11,13 +11,14 @@ __all__ = ['COLORS', 'base_dir', 'UserError', 'disk_error', 'atomic_write', 'ato
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,26 +130,25 @@ def get_device(
     return torch.device(name, get_ranks().local_rank) if name == "cuda" else torch.device(name)
 
 # %% ../nbs/00_common.ipynb #26e82b23
+@cache
 def fast_dtype(
     device: "torch.device",  # where the products will be computed
     size: int = 256,  # side of the square matrices used for timing
 ) -> "torch.dtype":  # torch.bfloat16 or torch.float32
-    "The faster of bfloat16 and float32 for matrix products on `device`; on a CPU it is measured."
+    "The faster of bfloat16 and float32 for matrix products on `device`; on a CPU it is measured, once in a process."
     import torch
 
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "mps":
         return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(6):
+    matrices = [torch.ones(size, size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = {a.dtype: math.inf for a in matrices}
+    for _ in range(24):  # by turns, so that whatever else this machine does delays both
+        for a in matrices:
             start = time.perf_counter()
             a @ a
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
+            seconds[a.dtype] = min(seconds[a.dtype], time.perf_counter() - start)
     return min(seconds, key=seconds.get)
 
 # %% ../nbs/00_common.ipynb #5cfcf677
