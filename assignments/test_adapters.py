@@ -70,6 +70,7 @@ IDS = [name if len(NOTEBOOKS) == 1 else f"{path.stem}/{name}" for path, name in 
 @pytest.mark.parametrize("path, name", TESTS, ids=IDS)
 def test_cell(path, name, monkeypatch):
     monkeypatch.chdir(path.parent)  # where the data files are
+    message = ""
     try:
         start_session(path).run_test(name)
     except NotImplementedError as error:
@@ -77,4 +78,6 @@ def test_cell(path, name, monkeypatch):
             raise
         pytest.skip(str(error))
     except AssertionError as error:
-        pytest.fail(str(error), pytrace=False)
+        message = str(error) or f"{name} failed without a word"
+    if message:
+        pytest.fail(message, pytrace=False)
