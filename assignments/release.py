@@ -23,7 +23,7 @@ from leaks import check_secrets
 from sources import QUIET, build_source, cells_of, dump, kind_of, points_of, render_adapters, solve, strip, text_of
 
 from nanochat.common import UserError, atomic_dir, atomic_write, format_seconds, sha256_file
-from nanochat.grading import write_settings
+from nanochat.grading import open_gradebook, write_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -137,11 +137,8 @@ def working_folder(course: Path) -> Iterator[Path]:  # empty, and removed at the
 
 def make_gradebook(folder: Path, target: Path) -> None:
     "Make gradebook.db if there is none, whole or not at all."
-    from nbgrader.api import Gradebook
-
     if not target.exists():
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # nbgrader calls alembic
-        Gradebook(f"sqlite:///{folder / 'gradebook.db'}").close()
+        open_gradebook(folder).close()
         os.replace(folder / "gradebook.db", target)
 
 

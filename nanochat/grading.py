@@ -40,6 +40,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from .common import COLORS, UserError, atomic_write, format_seconds, in_course_style, sha256_file
 from .examine import ExamLimits, end_process
@@ -344,12 +345,11 @@ def open_gradebook(
 ) -> Any:  # nbgrader's Gradebook; close it
     "The database of marks; it is made if there is none."
     from nbgrader.api import Gradebook
-    from nbgrader.utils import setenv
     from sqlalchemy.exc import SAWarning
 
     warnings.filterwarnings("ignore", category=SAWarning, module="nbgrader")  # about its own order of doing things
 
-    with setenv(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])):  # a new one is made with a program beside Python
+    with patch.dict(os.environ, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])):  # a new one is made with a program beside Python
         return Gradebook(locate_gradebook(course))
 
 

@@ -660,10 +660,11 @@ def train(
     with t.run.lock() if t.ranks.is_main else nullcontext(), StopRequest(t.run, deadline=read_deadline()) as t.stop:
         resumed = t.resume()
         progress = Progress(t.stage, t.steps, t.step_size, t.curves, t.unit, t.floor, quiet=not t.ranks.is_main)
-        peak = peak_flops(t.device, t.dtype) * t.ranks.world / flops_per_token(t.model.config, t.row)
+        flops = flops_per_token(t.model.config, t.row)
+        peak = peak_flops(t.device, t.dtype) * t.ranks.world / flops
         t.model.train()
         try:
-            estimated, began = announce(t, progress, resumed), time.perf_counter()
+            estimated, began = announce(t, progress, resumed, flops), time.perf_counter()
             while not (last := t.step >= t.steps):
                 pause(t, progress, last)
                 t.stop.check(t.device)
@@ -688,6 +689,7 @@ def announce(
     t: Trainer,  # about to start
     progress: Progress,  # where to say it
     resumed: bool,  # whether a checkpoint was found
+    flops: int,  # a token
 ) -> float:  # estimated seconds
     "Say, and record, what the stage will do and what it will cost."
     params, config = t.model.num_params(), t.model.config
@@ -702,7 +704,7 @@ def announce(
         for record in t.data:
             t.log("data", **record)
     if not resumed or t.has_other_settings():
-        t.log("config", step=t.step, settings=asdict(t.cfg), model=asdict(config), params=params, steps=t.steps, ranks=t.ranks.world, flops_per_token=flops_per_token(config, t.row),
+        t.log("config", step=t.step, settings=asdict(t.cfg), model=asdict(config), params=params, steps=t.steps, ranks=t.ranks.world, flops_per_token=flops,
               floor=t.floor, estimated_seconds=seconds, estimated_parts=parts, estimated_bytes=memory, tensor_bytes=tensors)
     progress.say(f"{t.stage}: {format_count(params)} parameters, {t.steps} steps of {format_count(t.step_size)} {t.unit}; about {format_seconds(seconds)} "
                  f"and {format_bytes(memory)} of memory on {t.device.type}, {format_bytes(tensors)} of it for weights, gradients and activations")

@@ -35,6 +35,15 @@ def run_ranks(count, *arguments):
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def kept_environment():
+    "A test that changes the process's variables for good would decide how others end."
+    before = dict(os.environ)
+    yield
+    changed = {name for name, value in before.items() if os.environ.get(name) != value} - {"PYTEST_CURRENT_TEST"}
+    assert not changed, f"this test has left other values of {changed}"
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     "A base directory that all tests of the command line share."

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "assignments"))
 from leaks import check_secrets  # noqa: E402
 from release import ASSIGNMENTS, SOURCE, check_ids, check_points, our_files, read_files  # noqa: E402
-from sources import bound_names, build_source, cells_of, dump, kind_of, parse_cell, points_of, solve, strip, text_of, used_names  # noqa: E402
+from sources import bound_names, build_source, cells_of, dump, kind_of, parse_cell, points_of, render_adapters, solve, strip, text_of, used_names  # noqa: E402
 from test_release import make_cell  # noqa: E402
 
 SITE_PAGE = re.compile(r"https://nanochat\.github\.io/nanochat/(nbs|docs)/([\w/]+)\.html")
@@ -299,12 +299,12 @@ def test_there_are_six_mistakes(name):
     assert len({mistake[0] for mistake in mistakes_of(name)}) == 6
 
 
-def test_a_notebook_may_import_from_files():
-    name = ASSIGNMENTS[0]
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_functions_may_be_written_in_adapters(name):
     source, _, _ = read(name)
-    codes = [text_of(cell) for cell in cells_of(source, "locked", "solution") if cell["cell_type"] == "code"]
-    changes = {cell["id"]: f"from adapters import {', '.join(bound_names_of(cell))}" for cell in cells_of(source, "solution")}
-    examined = examine_changed(name, changes, **{"adapters.py": "\n\n".join(codes).encode()})
+    written = [cell for cell in cells_of(source, "solution") if any(isinstance(node, ast.FunctionDef) for node in parse_cell(cell).body)]
+    file = "\n\n\n".join([render_adapters({name: source}), *map(text_of, written)])
+    examined = examine_changed(name, {cell["id"]: f"from adapters import {', '.join(bound_names_of(cell))}" for cell in written}, **{"adapters.py": file.encode()})
     assert [mark.id for mark in examined.marks if mark.points != mark.most] == [] and not said_of(examined)
 
 

@@ -217,7 +217,8 @@ def test_the_student_sees_the_package_and_nothing_beside_it():
     code = f"import os\nprint(os.listdir({str(package.parent)!r}), os.listdir('.'), os.path.exists('/home'), os.getuid())\ndef double(x): return x + x"
     text = shown(examine(SOURCE, submit(code), {"data.txt": b"1"}, FAST, {"adapters.py": b"x = 1"}))
     if "site-packages" not in str(package):
-        assert text.startswith("['nanochat'] ") and (package.parent / "tests").exists()
+        inside = [name for name in (".venv",) if Path(sys.prefix).resolve() == package.parent / name]  # a virtual environment is where Python's library is
+        assert text.startswith(f"{[*inside, 'nanochat']} ") and (package.parent / "tests").exists()
     assert "'adapters.py'" in text and "'data.txt'" in text and "False" in text and not text.endswith(" 0\n")
     assert str(package) in readable_paths()[0] and str(package.parent) not in readable_paths()[0]
 
