@@ -166,14 +166,23 @@ def stub(code: str, function: ast.FunctionDef) -> str:
     return "\n".join([*code.splitlines()[first : function.body[0].end_lineno], f'    raise NotImplementedError("{function.name} is not written yet")'])
 
 
+def write_plainly(value: Any) -> str:  # empty for what is more than a plain value
+    "A constant as Python reads it."
+    try:
+        return text if ast.literal_eval(text := repr(value)) == value else ""
+    except (ValueError, SyntaxError):
+        return ""
+
+
 def given_for(notebook: dict, names: set[str]) -> tuple[set[str], list[str]]:  # imports, and other statements
-    "What locked cells have that functions need. A constant of a module that students write themselves comes as its value."
+    "What locked cells have that functions need. A constant of a module that students write themselves comes as its value; a function of one stays behind."
     builds, imports, others = read_builds(notebook), set(), []
     for cell in reversed(cells_of(notebook, "locked")):
         for node in reversed(parse_cell(cell).body):
             found = bound_names(node) & names
             if found and isinstance(node, ast.ImportFrom) and node.module in builds:
-                others[:0] = [f"{name} = {getattr(importlib.import_module(node.module), name)!r}" for name in sorted(found)]
+                values = {name: write_plainly(getattr(importlib.import_module(node.module), name)) for name in sorted(found)}
+                others[:0] = [f"{name} = {value}" for name, value in values.items() if value]
             elif found and isinstance(node, (ast.Import, ast.ImportFrom)):
                 start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
                 imports |= {start + ast.unparse(alias) for alias in node.names if (alias.asname or alias.name).split(".")[0] in found}
