@@ -10,9 +10,9 @@ __all__ = ['PATIENCE', 'PICTURE', 'SETTINGS', 'ALLOWED', 'LEADS', 'STYLE', 'ABOU
            'find_notebook', 'record_assignment', 'write_restored', 'run_nbgrader', 'autograde', 'label_scores',
            'close_page', 'write_feedback', 'defuse', 'charge_penalties', 'list_marks', 'add_up', 'write_table',
            'read_roster', 'match_person', 'write_canvas', 'rank_parts', 'draw_summary', 'describe_parts', 'read_state',
-           'write_state', 'lock_course', 'examine_all', 'take_in', 'describe_submission', 'hand_back', 'pack_feedback',
-           'compare_class', 'read_code', 'grade_all', 'check_request', 'find_rules', 'write_marks', 'summarize_class',
-           'report_rest']
+           'write_state', 'lock_course', 'examine_all', 'take_in', 'describe_submission', 'describe_points',
+           'hand_back', 'pack_feedback', 'compare_class', 'read_code', 'grade_all', 'check_request', 'find_rules',
+           'write_marks', 'summarize_class', 'report_rest']
 
 # %% ../nbs/66_grading.ipynb #5c53187c
 import contextlib
@@ -846,19 +846,34 @@ def describe_submission(
     return {"reason": reason, "file": submission.notebook.name.rpartition("/")[2], "time": when.isoformat(), "key": key, "notes": notes}, when
 
 
+def describe_points(
+    row: dict[str, Any],  # from add_up
+    cells: dict[str, tuple[float, bool]],  # points, and whether they are given by hand
+    waiting: set[str],  # cells that nobody has marked yet
+) -> str:
+    "The sums, for the top of a page."
+    most = {kind: sum(points for points, hand in cells.values() if hand is kind) for kind in (False, True)}
+    words = f"{row['tests']:g} of {most[False]:g} points by tests"
+    if most[True]:
+        words += f", {row['by hand']:g} of {most[True]:g} by hand" if len(waiting) < sum(hand for _, hand in cells.values()) else f"; {most[True]:g} are given by hand"
+    return words + (f" ({len(waiting)} answer{'s are' if len(waiting) > 1 else ' is'} not marked yet)" if waiting else "")
+
+
 def hand_back(
     course: Path,
-    name: str,  # of the assignment
+    assignment: Assignment,
     state: dict[str, dict[str, dict[str, Any]]],
     charged: dict[tuple[str, str], Lateness],
 ) -> int:  # pages written
     "Make a page of feedback for everybody whose marks, comments or late days have changed."
-    words, marks, waiting = {}, {}, {}
+    name, words, marks, waiting = assignment.name, {}, {}, {}
     with open_gradebook(course) as gradebook:
         for student, facts in state[name].items():
             if facts["graded"] and (notebook := find_notebook(gradebook, name, student)):
-                words[student] = [*facts["notes"], *filter(None, [describe_lateness(charged.get((student, name), Lateness()))])]
+                lateness = charged.get((student, name), Lateness())
                 waiting[student] = {g.name for g in notebook.grades if g.needs_manual_grade and g.manual_score is None}
+                sums = describe_points(add_up(notebook, assignment.cells(), lateness, []), assignment.cells(), waiting[student])
+                words[student] = [sums, *facts["notes"], *filter(None, [describe_lateness(lateness)])]
                 seen = [*((g.name, g.score, g.name in waiting[student]) for g in notebook.grades), *((c.name, c.comment or "") for c in notebook.comments)]
                 text = json.dumps([facts["graded"], words[student], sorted(seen, key=str), notebook.late_submission_penalty])
                 marks[student] = hashlib.sha256(text.encode()).hexdigest()
@@ -985,7 +1000,7 @@ def write_marks(
 ) -> "pandas.DataFrame":  # from list_marks
     "Work out penalties, make the pages that have changed, and write the marks of the term."
     charged = charge_penalties(course, policy, state)
-    pages = sum(hand_back(course, name, state, charged) for name in assignments if name in state)
+    pages = sum(hand_back(course, assignments[name], state, charged) for name in assignments if name in state)
     marks = list_marks(course, assignments, state, charged)
     write_table(course / "marks.csv", marks)
     print(f"pages of feedback made or changed: {pages}, in {course / 'feedback'}; marks: {course / 'marks.csv'}, for Canvas: {course / 'canvas.csv'}")

@@ -122,6 +122,7 @@ def test_feedback_shows_messages_and_no_tests(graded):
     assert "IndexError" in graded.page("gwen")
     assert "2 days late, 1 of them from the budget; 10% of the points are taken off" in graded.page("paula")
     assert "is missing and was put back" in graded.page("bela")
+    assert f"{MOST - made.HAND} of {MOST - made.HAND} points by tests; {made.HAND} are given by hand (1 answer is not marked yet)" in graded.page("ada")
 
 
 def test_the_summary_is_drawn_and_said(graded):
@@ -182,6 +183,7 @@ def test_a_changed_answer_is_looked_at_again(graded):
     graded.grade()
     row = graded.marks().loc["ada"]
     assert row["by hand"] == 4 and "1 answer to be marked by hand" in row["notes"] and "Something else." in graded.page("ada")
+    assert f"points by tests, 4 of {made.HAND} by hand" in graded.page("ada")
 
 
 # The parts
