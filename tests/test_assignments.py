@@ -309,7 +309,7 @@ def test_functions_may_be_written_in_adapters(name):
     behind = {name for node in given for name in bound_names(node)} - {name for node in ast.parse(empty).body for name in bound_names(node)}
     cells = [cell for cell in cells_of(source, "solution") if any(isinstance(node, ast.FunctionDef) for node in parse_cell(cell).body)]
     written = [cell for cell in cells if not used_names(parse_cell(cell)) & behind]  # the package's own code may use what students can't import
-    assert len(written) > 0.7 * len(cells)
+    assert len(written) > 0.7 * len(cells) and f"from adapters import {bound_names_of(cells[0])[0]}`" in our_files(name, source)["README.md"].decode()
     file = "\n\n\n".join([empty, *map(text_of, written)])
     examined = examine_changed(name, {cell["id"]: f"from adapters import {', '.join(bound_names_of(cell))}" for cell in written}, **{"adapters.py": file.encode()})
     assert [mark.id for mark in examined.marks if mark.points != mark.most] == [] and not said_of(examined)
