@@ -13,7 +13,7 @@ import slurm
 NANOCHAT = Path(sys.executable).with_name("nanochat")
 
 
-LONGEST = ("test_jobs.py", "test_assignments.py", "test_cli.py", "test_tiny.py", "test_labs.py", "test_faults.py")  # begun first, so that two workers end together
+LONGEST = ("test_jobs.py", "test_assignments.py", "test_grading.py", "test_labs.py", "test_tiny.py", "test_doctor.py")  # begun first, so that two workers end together
 
 
 def pytest_collection_modifyitems(items):
