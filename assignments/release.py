@@ -27,7 +27,7 @@ from nanochat.grading import open_gradebook, write_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-from build_site import Site, digest, reach, read_imports  # noqa: E402
+from build_site import Site, digest, reach, read_imports, say  # noqa: E402
 
 SOURCE, COURSE = ROOT / "assignments" / "source", ROOT / "assignments" / "course"
 ASSIGNMENTS = [path.parent.name for path in sorted(SOURCE.glob("a[0-9]-*/*.ipynb")) if path.stem == path.parent.name]
@@ -230,11 +230,6 @@ def build_all(names: Iterable[str], source: Path, course: Path, force: bool = Fa
         numbers = f"{record['tests']:>15g} {record['manual']:>8g} {record['seconds']:>8.1f}" if record else f"{'not built':>15}"
         say(f"{name:<16} {numbers}" + " (of the last good build)" * (name in failed and bool(record)))
     return failed
-
-
-def say(text: str) -> None:
-    "One line of progress."
-    print(text, flush=True)
 
 
 def main() -> int:  # exit code
