@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['EPS', 'use_own_gradient', 'inverse_rms', 'rms_gradient', 'RMSNorm', 'rms_norm', 'rotary_tables', 'apply_rotary',
            'rotate_into', 'rotate_and_normalize', 'RotaryNorm', 'place_and_normalize', 'BlockedAttention',
-           'block_weights', 'takes_blocks', 'attend', 'attention_kernel', 'KVCache', 'project', 'Attention']
+           'block_weights', 'takes_blocks', 'attend', 'attention_kernel', 'KVCache', 'multiply_onednn', 'has_onednn',
+           'Product', 'project', 'Attention']
 
 # %% ../nbs/20_attention.ipynb #62a45556
+import functools
 import math
+import platform
 from copy import copy
 
 import torch
@@ -315,13 +318,49 @@ class KVCache:
         return (keys <= where[..., None]).view(-1, 1, count, len(keys))
 
 # %% ../nbs/20_attention.ipynb #ed649021
+def multiply_onednn(
+    x: Tensor,  # (..., columns) float32 on a CPU
+    weight: Tensor,  # (rows, columns), transposed views included
+) -> Tensor:  # (..., rows)
+    "`F.linear` by oneDNN, without a gradient."
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def has_onednn() -> bool:
+    "Whether this is a processor of Intel or AMD, and PyTorch knows what `multiply_onednn` asks for."
+    try:
+        two = torch.full((2, 2), 2.0)
+        return platform.machine() in ("x86_64", "AMD64") and torch.equal(multiply_onednn(two, two), two @ two)
+    except (AttributeError, RuntimeError):  # an operation for PyTorch's own use: another version may not have it
+        return False
+
+
+class Product(torch.autograd.Function):
+    "`F.linear` by oneDNN, with its gradients."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply_onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return multiply_onednn(gradient, weight.T), gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
 def project(
     x: Tensor,  # (..., columns)
     weight: Tensor,  # (rows, columns)
 ) -> Tensor:  # (..., rows)
-    "`F.linear`, and for a single vector on a CPU the routine for vectors."
-    if x.numel() == x.size(-1) and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_grad_enabled():
+    "`F.linear`, by the fastest way there is for these shapes."
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    if x.numel() == x.size(-1) and not torch.is_grad_enabled():
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    if x.dtype == torch.float32 and x.numel() and has_onednn() and not torch.is_autocast_enabled("cpu"):
+        return Product.apply(x, weight) if torch.is_grad_enabled() else multiply_onednn(x, weight)
     return F.linear(x, weight)
 
 # %% ../nbs/20_attention.ipynb #2c160239

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from nanochat import attention
+from nanochat.attention import has_onednn, project
 from nanochat.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -50,3 +52,33 @@ def test_loss_equals_cross_entropy_of_the_logits_and_so_do_gradients(ignored):
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*gradients))  # float32 rounds to a part of the largest, here up to 25
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["oneDNN", "as PyTorch chooses"])
+@pytest.mark.parametrize("shape", [(3, 50, 40), (1, 40), (40,), (2, 0, 40), (300, 40)], ids=str)
+def test_products_and_their_gradients_equal_the_formula(asks, shape, monkeypatch):
+    if asks and not has_onednn():
+        pytest.skip("this processor, or this PyTorch, has no oneDNN to ask")
+    monkeypatch.setattr(attention, "has_onednn", lambda: asks)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).requires_grad_()
+    wide = torch.randn(40, 30, generator=generator)
+    for weight in (wide.T.contiguous().requires_grad_(), wide.T.detach().requires_grad_()):  # as it is stored, and as a view of another
+        y, expected = project(x, weight), x.double() @ weight.double().T
+        gradient = torch.randn(y.shape, generator=generator)
+        ours, theirs = (torch.autograd.grad(out, (x, weight), gradient.to(out.dtype)) for out in (y, expected))
+        torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(project(x, weight), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["autocast", "bfloat16", "float64", "compiled", "meta"])
+def test_only_plain_float32_on_a_cpu_is_given_to_onednn(changed, monkeypatch):
+    monkeypatch.setattr(attention, "multiply_onednn", lambda *_: pytest.fail("oneDNN was asked"))
+    dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(changed, torch.float32)
+    x, weight = (torch.ones(4, 8, dtype=dtype, device="meta" if changed == "meta" else "cpu") for _ in range(2))
+    if changed == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=changed == "autocast"):
+        assert project(x, weight).dtype == (torch.bfloat16 if changed in ("autocast", "bfloat16") else dtype)
