@@ -347,7 +347,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return multiply_onednn(gradient, weight.T), gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        rows, columns = weight.shape
+        return multiply_onednn(gradient, weight.T), gradient.reshape(-1, rows).T @ x.reshape(-1, columns)
 
 
 def project(
