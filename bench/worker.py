@@ -146,6 +146,7 @@ class ModelWorker:
 
     def do_steps(self, count: int) -> dict:
         "Seconds of `count` whole steps, and of the parts of as many more; medians."
+        self.step()  # one that doesn't count: what lay idle while others worked has to come back into caches and memory
         self.forget_memory()
         times: dict[str, list[float]] = {name: [] for name in ("step", "data", "forward", "backward", "optimizer")}
         for _ in range(count):
