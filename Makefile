@@ -13,7 +13,7 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python tests/in_step.py
 	$(BIN)/ruff check
-	$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^labs' --skip_file_re '^5[1-7]_' --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^labs' --skip_file_re '^5[1-7]_' --do_print
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Beside others, half an hour on two CPU cores; a checkout of the public nanochat takes part with PEER=path
