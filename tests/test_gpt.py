@@ -60,6 +60,7 @@ def test_products_and_their_gradients_equal_the_formula(asks, shape, monkeypatch
     if asks and not has_onednn():
         pytest.skip("this processor, or this PyTorch, has no oneDNN to ask")
     monkeypatch.setattr(attention, "has_onednn", lambda: asks)
+    monkeypatch.setattr(attention, "LARGE", 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).requires_grad_()
     wide = torch.randn(40, 30, generator=generator)
@@ -73,9 +74,10 @@ def test_products_and_their_gradients_equal_the_formula(asks, shape, monkeypatch
             torch.testing.assert_close(project(x, weight), expected.float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changed", ["autocast", "bfloat16", "float64", "compiled", "meta"])
-def test_only_plain_float32_on_a_cpu_is_given_to_onednn(changed, monkeypatch):
+@pytest.mark.parametrize("changed", ["autocast", "bfloat16", "float64", "compiled", "meta", "small"])
+def test_only_large_products_of_float32_on_a_cpu_are_given_to_onednn(changed, monkeypatch):
     monkeypatch.setattr(attention, "multiply_onednn", lambda *_: pytest.fail("oneDNN was asked"))
+    monkeypatch.setattr(attention, "LARGE", 10**9 if changed == "small" else 1)
     dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(changed, torch.float32)
     x, weight = (torch.ones(4, 8, dtype=dtype, device="meta" if changed == "meta" else "cpu") for _ in range(2))
     if changed == "compiled":
