@@ -1,4 +1,4 @@
-"""The model that `make run` pretrains, in full: it is good, and another implementation computes the same."""
+"""The model that `make run` pretrains, in half as many steps: it is good, and another implementation computes the same."""
 import os
 import subprocess
 
@@ -16,10 +16,10 @@ from nanochat.train import load_model
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "The base model of the tiny preset: two minutes on a free core."
+    "The base model of the tiny preset after half of its tokens: a minute on a free core."
     base = tmp_path_factory.mktemp("tiny")
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
-    done = subprocess.run([NANOCHAT, "run", "--preset", "tiny", "--stages", "tokenizer,base"], env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run([NANOCHAT, "run", "--preset", "tiny", "--stages", "tokenizer,base", "--set", "base.tokens=1248000"], env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return base
 
@@ -32,7 +32,7 @@ def run(tiny, monkeypatch):
 
 def test_it_comes_near_the_floor(run):
     summary = run.records("base", "summary")[-1]
-    assert summary["floor"] < summary["result"] < 1.2 * summary["floor"]  # 1.13 times on the machines seen so far
+    assert summary["floor"] < summary["result"] < 1.38 * summary["floor"]  # 1.29 times on the machine seen so far; 1.13 times after all tokens
 
 
 def test_transformers_computes_the_same_and_nothing_is_lost_on_the_way_back(run, tmp_path):
