@@ -155,8 +155,7 @@ class BlockedAttention(torch.autograd.Function):
             end = min(start + block, q.size(1))
             weights = block_weights(q, k, start, end)
             torch.sum(weights, dim=-1, keepdim=True, out=total[:, start:end])
-            torch.bmm(weights, v[:, :end], out=y[:, start:end])
-        y /= total
+            torch.div(torch.bmm(weights, v[:, :end]), total[:, start:end], out=y[:, start:end])
         ctx.save_for_backward(q, k, v, y, total)
         return y.view(ctx.shape)
 
@@ -169,10 +168,10 @@ class BlockedAttention(torch.autograd.Function):
         for start in range(0, q.size(1), ctx.block):
             end = min(start + ctx.block, q.size(1))
             weights = block_weights(q, k, start, end)
-            grad_v[:, :end].baddbmm_(weights.mT, gradient[:, start:end])
+            grad_v[:, :end] += torch.bmm(weights.mT, gradient[:, start:end])
             scores = torch.bmm(gradient[:, start:end], v[:, :end].mT).sub_(delta[:, start:end]).mul_(weights)
-            torch.bmm(scores, k[:, :end], out=grad_q[:, start:end])
-            grad_k[:, :end].baddbmm_(scores.mT, q[:, start:end])
+            grad_q[:, start:end] = torch.bmm(scores, k[:, :end])
+            grad_k[:, :end] += torch.bmm(scores.mT, q[:, start:end])
         grad_q /= math.sqrt(q.size(-1))
         return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None
 

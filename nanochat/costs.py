@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from .attention import project
 from .checkpoint import random_state, set_random_state
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPTConfig, loss_chunk
 from .optim import Optimizer, share_out, takes_short_cut
 
 # %% ../nbs/49_costs.ipynb #40bfa9f1
@@ -146,10 +146,10 @@ def estimate_bytes(
     for name, size in sizes.items():
         state[owners[name]] += size * (4 if name.startswith("transformer.h.") else 8)  # Muon: one mean, AdamW: two
     V = config.vocab_size
-    chunk = min(tokens, max(1, (2**19 if device == "cpu" else 2**28) // V))  # tokens whose scores exist at the same time
+    chunk = min(tokens, loss_chunk(V, device))
     return {"weights": 4 * sum(sizes.values()), "gradients": 4 * sum(sizes.values()), "optimizer": max(state),
             "activations": activation_bytes(config, tokens, dtype, device, compiled),
-            "loss": chunk * V * (12 if dtype.itemsize == 4 else 14) + V * config.width * (4 + dtype.itemsize)}
+            "loss": chunk * V * (8 if dtype.itemsize == 4 else 10) + V * config.width * (4 + dtype.itemsize)}
 
 # %% ../nbs/49_costs.ipynb #603ac284
 def predict_run(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .common import Ranks
-from .gpt import GPT
+from .gpt import GPT, loss_chunk
 
 # %% ../nbs/36_likelihood.ipynb #9a98bd5e
 class Text(NamedTuple):
@@ -135,8 +135,7 @@ def judge_tokens(
     targets: Tensor,  # (N,) int64, the tokens that came
 ) -> tuple[list[float], list[bool]]:  # log-probability of each in nats, and whether it was the likeliest
     "What the model thought of tokens."
-    chunk = max(1, (2**19 if h.device.type == "cpu" else 2**28) // model.config.vocab_size)  # as for the loss
-    logprobs, likeliest = [], []
+    chunk, logprobs, likeliest = loss_chunk(model.config.vocab_size, h.device.type), [], []
     for part, y in zip(h.split(chunk), targets.split(chunk)):
         logits = model.logits(part)
         logprobs += logits.log_softmax(-1).gather(1, y[:, None])[:, 0].tolist()

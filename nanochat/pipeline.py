@@ -122,7 +122,9 @@ class Kernels:
         if not self.left:
             return None
         self.left -= 1
-        manager = AsyncKernelManager(kernel_name="python3", shutdown_wait_time=SAVING)
+        socket = str(Path(self.folder.name) / f"kernel{self.left}")
+        place = {"transport": "ipc", "ip": socket} if os.name == "posix" and len(socket) < 90 else {}  # a system's longest name is some 100 bytes
+        manager = AsyncKernelManager(kernel_name="python3", shutdown_wait_time=SAVING, **place)
         run_sync(manager.start_kernel)()
         return manager
 
