@@ -4,7 +4,7 @@ import torch
 
 from nanochat import attention
 from nanochat.attention import has_onednn, project
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, SoftcapLoss, loss_chunk
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -52,6 +52,24 @@ def test_loss_equals_cross_entropy_of_the_logits_and_so_do_gradients(ignored):
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*gradients))  # float32 rounds to a part of the largest, here up to 25
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["oneDNN", "as PyTorch chooses"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_the_loss_of_a_large_vocabulary_in_several_chunks(asks, dtype, tolerance, monkeypatch):
+    if asks and not has_onednn():
+        pytest.skip("this processor, or this PyTorch, has no oneDNN to ask")
+    monkeypatch.setattr(attention, "has_onednn", lambda: asks)
+    generator = torch.Generator().manual_seed(4)
+    h, weight = torch.randn(300, 64, generator=generator).to(dtype).requires_grad_(), (2 * torch.randn(20_000, 64, generator=generator)).to(dtype).requires_grad_()
+    targets, chunk = torch.randint(-1, 20_000, (300,), generator=generator), loss_chunk(20_000, "cpu")
+    targets[::7] = -1
+    assert 300 % chunk and 300 > 2 * chunk and chunk * weight.numel() > attention.LARGE
+    exact = torch.nn.functional.cross_entropy(15 * torch.tanh(h.double() @ weight.double().T / 15), targets, ignore_index=-1, reduction="sum")
+    loss = SoftcapLoss.apply(h, weight, targets, 15.0, chunk)
+    torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, (h, weight)), torch.autograd.grad(exact, (h, weight))):
+        assert (ours.double() - theirs.double()).abs().max() <= 3 * tolerance * theirs.abs().max()
 
 
 @pytest.mark.parametrize("asks", [True, False], ids=["oneDNN", "as PyTorch chooses"])
