@@ -104,6 +104,7 @@ class SoftcapLoss(torch.autograd.Function):
                 torch.addmm(grad_weight, gradient.T, part, out=grad_weight)
             else:
                 grad_weight += gradient.T @ part
+            del s, e, gradient  # or the next chunk's would stand beside them
         ctx.save_for_backward(grad_h.mul_(2 * cap), grad_weight.mul_(4).to(weight.dtype))
         return loss
 
