@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -114,6 +115,16 @@ class Kernels:
             os.environ["JUPYTER_PATH"] = self.path
             self.folder.cleanup()
 
+    def find_place(self) -> dict[str, str]:  # what a kernel manager is told; nothing: network ports
+        "Where the next kernel listens: in our folder, if the system can have sockets there."
+        path = str(Path(self.folder.name) / f"kernel{self.left}")
+        try:
+            with socket.socket(socket.AF_UNIX) as trial:
+                trial.bind(f"{path}-0")
+        except (AttributeError, OSError):  # Windows, a long name, or a file system without them
+            return {}
+        return {"transport": "ipc", "ip": path}
+
     def start(self) -> Any:  # a jupyter_client kernel manager, or None if no more are needed
         "A kernel; before it says that it is ready it loads libraries."
         from jupyter_client import AsyncKernelManager
@@ -122,9 +133,7 @@ class Kernels:
         if not self.left:
             return None
         self.left -= 1
-        socket = str(Path(self.folder.name) / f"kernel{self.left}")
-        place = {"transport": "ipc", "ip": socket} if os.name == "posix" and len(socket) < 90 else {}  # a system's longest name is some 100 bytes
-        manager = AsyncKernelManager(kernel_name="python3", shutdown_wait_time=SAVING, **place)
+        manager = AsyncKernelManager(kernel_name="python3", shutdown_wait_time=SAVING, **self.find_place())
         run_sync(manager.start_kernel)()
         return manager
 

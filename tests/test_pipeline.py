@@ -34,7 +34,7 @@ def test_each_stage_has_a_fresh_kernel_and_none_is_left(tmp_path, monkeypatch):
         assert not find_kernels(log)  # nothing loads while a stage rehearses
         for waiting in (1, 1, 0):
             execute_stage(source, tmp_path / "done" / "a.ipynb", {}, kernels)
-            assert len(find_kernels(log)) == 1 + waiting
+            assert len(find_kernels(log)) == 1 + waiting and kernels.taken.transport == "ipc"
     assert os.environ["JUPYTER_PATH"] == "/somewhere" and not find_kernels(log)
     with pytest.raises(StageFailed, match="ZeroDivisionError"), Kernels(log, 2) as kernels:
         execute_stage(write_notebook(tmp_path / "b.ipynb", "1 / 0"), tmp_path / "done" / "b.ipynb", {}, kernels)
@@ -64,6 +64,15 @@ def test_what_an_attempt_has_left_is_kept(tmp_path):
 def test_every_stage_that_takes_time_lets_the_next_one_load(demo):
     announced = [line for line in demo.stdout.splitlines() if "; about " in line and line.split(": ")[0] in NOTEBOOKS]
     assert [line.split(": ")[0] for line in announced] == ["tokenizer", "base", "mid", "sft", "eval"], demo.stdout
+
+
+def test_where_no_socket_can_be_a_kernel_takes_ports(tmp_path, monkeypatch):
+    deep = tmp_path / ("a" * 120)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with Kernels(tmp_path / "kernel.log", 1) as kernels:
+        execute_stage(write_notebook(tmp_path / "a.ipynb", "1 + 1"), tmp_path / "done" / "a.ipynb", {}, kernels)
+        assert kernels.taken.transport == "tcp" and is_executed(tmp_path / "done" / "a.ipynb")
 
 
 def test_a_refused_stage_leaves_no_kernel(tmp_path, monkeypatch):
