@@ -400,6 +400,11 @@ def quiet_home(tmp_path):
     return {"HOME": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "USER": "student"}
 
 
+def answers(port):
+    with socket.socket() as trial:
+        return trial.connect_ex(("localhost", port)) == 0
+
+
 def test_jupyterlab_on_a_compute_node(cluster, site, quiet_home):
     port = free_port()
     process = subprocess.Popen(["srun", "--nodes=1", "--gres=gpu:a100:1", NANOCHAT, "lab", "--site", site.path, "--port", str(port)], text=True,
@@ -408,7 +413,7 @@ def test_jupyterlab_on_a_compute_node(cluster, site, quiet_home):
     try:
         lines.wait_for(rf"ssh -N -J student@login.example.org -L {port}:localhost:{port} student@n[12]\n")
         token = lines.wait_for(rf"http://localhost:{port}/lab\S*\?token=(\w+)")[1]
-        lines.wait_for(r"is running at:")
+        cluster.wait_until(lambda: answers(port), "JupyterLab")  # it says that it runs before it listens
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"http://localhost:{port}/api/contents", timeout=30)
         names = [item["name"] for item in json.load(urllib.request.urlopen(f"http://localhost:{port}/api/contents/nbs?token={token}", timeout=30))["content"]]

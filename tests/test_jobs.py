@@ -215,10 +215,9 @@ def wait_for_step(cluster, name, step):
 
 def test_time_limits(cluster, site, home, whole):
     "A minute for a job, and more on a machine that needs it to begin; the steps last for more than two of them. Slurm and the clock do everything."
-    minutes = 1 + int(whole[1] // 20)
-    steps = 84 * minutes - whole[1]  # seconds: more than two jobs have, which are warned after 40 of 60, if they begin in half the time that it took then
+    minutes = 1 + int(whole[1] // 15)
     write_site(site, home, SITE_TIME=f"0:{minutes:02d}:00")
-    ids = submit_base(cluster, site, "limited", **HOOK, STEP_SECONDS=str(steps / len(whole[0])))
+    ids = submit_base(cluster, site, "limited", **HOOK, STEP_SECONDS=str(0.4 * minutes))
     cluster.call("scancel", *ids[1:])
     job = cluster.wait_for(ids[0], seconds=480 * minutes)
     assert job["JobState"] == "COMPLETED" and job["TimeLimit"] == f"00:{minutes:02d}:00", log_of("limited", "base")
