@@ -413,7 +413,8 @@ def test_jupyterlab_on_a_compute_node(cluster, site, quiet_home):
     try:
         lines.wait_for(rf"ssh -N -J student@login.example.org -L {port}:localhost:{port} student@n[12]\n")
         token = lines.wait_for(rf"http://localhost:{port}/lab\S*\?token=(\w+)")[1]
-        cluster.wait_until(lambda: answers(port), "JupyterLab")  # it says that it runs before it listens
+        lines.wait_for(r"is running at:")
+        cluster.wait_until(lambda: answers(port), "JupyterLab")  # which says that it runs before it listens
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"http://localhost:{port}/api/contents", timeout=30)
         names = [item["name"] for item in json.load(urllib.request.urlopen(f"http://localhost:{port}/api/contents/nbs?token={token}", timeout=30))["content"]]
